@@ -1,0 +1,185 @@
+"""Tiny random language models of the supported families, each with a small real tokenizer, saved to a directory.
+
+Not a test file: every test that needs an LLM takes it from here. Random LLMs share no geometry, so nothing that
+measures the quality of a converter may use them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A woman construction worker with a medium skin tone holds a yellow helmet.",
+    "Two clocks on the wall show half past eleven and a quarter to three.",
+    "The flag of France is blue, white and red; the flag of Japan is white with a red sun.",
+    "A cat sleeps on a red sofa while it rains outside the window.",
+    "What is in the picture? A man is riding a bicycle on the beach.",
+    "Der Hund läuft über die Straße, und das Café schließt um 22 Uhr.",
+    "Ein rotes Auto fährt schnell durch die kleine Stadt am Fluss.",
+    "A smiling face with heart-shaped eyes, a waving hand and a birthday cake.",
+    "def add(a, b):\n    return a + b\n",
+)
+
+Style = Literal["bytes", "metaspace", "wordpiece"]
+
+
+def tiny_tokenizer(
+    style: Style = "bytes", *, vocabulary: int = 500, add_bos: bool = False, sentences: tuple[str, ...] = SENTENCES
+) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer trained on `sentences`: GPT-2's byte map, SentencePiece's `▁` with byte fallback, or WordPiece.
+
+    Specials: `<pad>` 0, `<s>` 1 (bos), `</s>` 2 (eos), `<unk>` 3. With `add_bos` every encoding begins with `<s>`.
+    """
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    if style == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    elif style == "metaspace":
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        # the byte pieces come first, as in SentencePiece; they are ordinary tokens, not special ones
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[*special, *(AddedToken(f"<0x{b:02X}>", special=False) for b in range(256))],
+            show_progress=False,
+        )
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(sentences, trainer)
+    if style == "metaspace":
+        backend = _unadd_bytes(backend, special)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _unadd_bytes(backend: Tokenizer, special: list[str]) -> Tokenizer:
+    """The trainer turned `<0xNN>` into added tokens; a SentencePiece model has them in its vocabulary alone."""
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _opt(width: int, vocabulary: int, *, hidden: int | None = None) -> transformers.OPTConfig:
+    return transformers.OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden or width,
+        word_embed_proj_dim=width,
+        ffn_dim=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        # OPT-350M, the one OPT with project_in, normalises after its blocks and has no final norm
+        do_layer_norm_before=hidden is None,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+
+
+def _gpt2(width: int, vocabulary: int) -> transformers.GPT2Config:
+    return transformers.GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+
+
+def _decoder(config_class: type[transformers.PretrainedConfig], width: int, vocabulary: int, **extra):
+    return config_class(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+
+
+# family -> (config of (width, vocabulary), tokenizer style, whether its tokenizer writes a bos)
+_FAMILIES: dict[str, tuple[Callable[[int, int], transformers.PretrainedConfig], Style, bool]] = {
+    "opt": (lambda d, v: _opt(d, v), "bytes", True),
+    "opt-project-in": (lambda d, v: _opt(d, v, hidden=2 * d), "bytes", True),
+    "gpt2": (lambda d, v: _gpt2(d, v), "bytes", False),
+    "llama": (lambda d, v: _decoder(transformers.LlamaConfig, d, v, tie_word_embeddings=True), "bytes", False),
+    "llama-untied": (lambda d, v: _decoder(transformers.LlamaConfig, d, v), "bytes", False),
+    "qwen2": (lambda d, v: _decoder(transformers.Qwen2Config, d, v), "bytes", False),
+    "qwen3": (lambda d, v: _decoder(transformers.Qwen3Config, d, v, head_dim=d // 4), "bytes", False),
+    "gemma3": (
+        lambda d, v: _decoder(
+            transformers.Gemma3TextConfig, d, v, head_dim=d // 4, query_pre_attn_scalar=d // 4, sliding_window=64
+        ),
+        "metaspace",
+        True,
+    ),
+    "mistral": (lambda d, v: _decoder(transformers.MistralConfig, d, v, sliding_window=None), "metaspace", True),
+    "phi3": (lambda d, v: _decoder(transformers.Phi3Config, d, v), "metaspace", False),
+    "granite": (lambda d, v: _decoder(transformers.GraniteConfig, d, v, embedding_multiplier=12.0), "bytes", False),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def tiny_config(family: str, *, width: int = 32, vocabulary: int = 512) -> transformers.PretrainedConfig:
+    """The configuration of a tiny model; `width` is that of `inputs_embeds` (OPT with project_in is wider inside)."""
+    return _FAMILIES[family][0](width, vocabulary)
+
+
+def tiny_llm(
+    family: str,
+    directory: str | Path,
+    *,
+    width: int = 32,
+    vocabulary: int = 512,
+    seed: int = 0,
+    sentences: tuple[str, ...] = SENTENCES,
+    max_shard_size: str = "1GB",
+) -> Path:
+    """Save a random two-block LLM of `family` (see `FAMILIES`) and its tokenizer; return the directory.
+
+    `vocabulary` is the number of rows of the embedding table; the tokenizer has some fewer, as real ones do.
+    """
+    _, style, add_bos = _FAMILIES[family]
+    directory = Path(directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, width=width, vocabulary=vocabulary))
+    model.eval().save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer = tiny_tokenizer(style, vocabulary=vocabulary - 12, add_bos=add_bos, sentences=sentences)
+    tokenizer.save_pretrained(directory)
+    return directory
