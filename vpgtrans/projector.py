@@ -6,6 +6,7 @@ The norm brings every prompt to the RMS of the LLM's word embeddings times a lea
 converter can't be merged into the layers before it: the converter becomes the tail, and later ones merge into the tail.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class Projector(nn.Module):
         depth = config.depth if config.kind == "mlp" else 1
         widths = [width_in, *[self.config.hidden or 0] * (depth - 1), self.norm_width]
         self.layers = nn.ModuleList(
-            nn.Linear(before, after, bias=config.bias) for before, after in zip(widths, widths[1:], strict=False)
+            nn.Linear(before, after, bias=config.bias) for before, after in pairwise(widths)
         )
         if config.activation not in ACT2FN:
             raise RecipeError(f"projector.activation: {config.activation!r} is not one of {', '.join(sorted(ACT2FN))}")
