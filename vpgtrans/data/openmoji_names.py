@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SPLITS = ("train", "validation", "test", "validation-unseen", "test-unseen", "spare")
-"""`spare` holds variants of a held-out combination beyond those that are scored: in no other split, so they can't leak."""
+"""`spare`: variants of held-out combinations beyond those scored. In no other split, so that they cannot leak."""
 
 _TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone\b")
 _CLOCK = re.compile(r"(\w+)(?:-(thirty)| (o'clock))")
@@ -144,7 +144,7 @@ def assign_splits(
 ) -> dict[str, Assignment]:
     """{caption: Assignment}; validation and test get the same amounts of each kind.
 
-    lookalikes are captions whose drawing equals another's: they always stay in train together. In order:
+    lookalikes are captions whose drawing another one resembles: they stay in train, unless they are `spare`. In order:
 
     - `unseen`: whole bases, without skin tones and not flags (a flag unseen in training can't be guessed).
     - `combination`: a base with its modifiers, tones aside (woman + pilot; eight + thirty). All its skin-tone variants
