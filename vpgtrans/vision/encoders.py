@@ -1,0 +1,276 @@
+"""Vision encoders: pixels [B, 3, S, S] -> patch features [B, N, d_enc].
+
+An encoder is frozen when it is built, and what is frozen stays in eval mode through `.train()`.
+"""
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite_pytorch import EfficientNet
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+)
+
+from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig
+from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
+from vpgtrans.parts import load_strict
+from vpgtrans.references import file_sha256, resolve
+from vpgtrans.vision.tensors import CheckpointTensors, load_vision_model
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the ImageNet weights that the default reference of EfficientNet-Lite0 carries."""
+
+
+COMPOSITE = {
+    "blip-2": ("vision_model.", "model.vision_model."),
+    "llava": ("vision_tower.", "model.vision_tower."),
+}
+"""Where composite checkpoints keep the vision model, by model_type, where its own class would not find it."""
+
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "architectures")
+"""Fields of a transformers config that say nothing about the architecture."""
+
+
+class Encoder(nn.Module):
+    """Base class.
+
+    Attributes:
+        config: complete enough to rebuild the encoder. width: d_enc. patches: N.
+        reference_sha256: `weights_sha256()` right after loading the reference, in float32; None if nothing was loaded.
+    """
+
+    config: HuggingFaceEncoderConfig | EfficientNetLite0Config
+    width: int
+    patches: int
+    reference_sha256: str | None = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] -> features [B, N, d_enc] in the encoder's dtype."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Training mode only where something trains; batch norms keep their ImageNet statistics in any case."""
+        super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors as they are now."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class EfficientNetLite0(Encoder):
+    """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-excite), cut before its classifier.
+
+    `levels` names the feature maps: -1 is the head (1,280 channels, stride 32), 0 to 15 are block outputs (blocks 0,
+    2, 4, 10 and 15 are the last at strides 2, 4, 8, 16 and 32). All are brought to the grid of the level named first,
+    by adaptive average pooling (which repeats pixels where a map is coarser), and laid side by side as channels.
+    """
+
+    config: EfficientNetLite0Config
+
+    def __init__(self, config: EfficientNetLite0Config):
+        super().__init__()
+        self.config = config
+        # The size fixes the TensorFlow-style "same" padding of every convolution.
+        self.model = EfficientNet.from_name("efficientnet-lite0", image_size=config.image.size)
+        blocks = len(self.model._blocks)
+        if not config.levels or any(not -1 <= level < blocks for level in config.levels):
+            raise RecipeError(f"encoder.levels: {list(config.levels)} must name blocks 0 to {blocks - 1}, or -1")
+        self.model._fc = nn.Identity()
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, config.image.size, config.image.size))
+        self.patches, self.width = features.shape[1:]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] -> features [B, h*w, c], row by row."""
+        model, levels = self.model, self.config.levels
+        maps: dict[int, Tensor] = {}
+        x = model._swish(model._bn0(model._conv_stem(pixels.to(self.dtype))))
+        for index, block in enumerate(model._blocks):
+            x = block(x)
+            maps[index] = x
+        if -1 in levels:
+            maps[-1] = model._swish(model._bn1(model._conv_head(x)))
+        height, width = maps[levels[0]].shape[-2:]
+        pooled = [F.adaptive_avg_pool2d(maps[level], (height, width)) for level in levels]
+        return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
+
+    def load_reference(self) -> None:
+        """Load the weights that the config's reference names; a pickle is read as plain tensors only."""
+        path = _weights_file(self.config.reference)
+        if self.config.reference == EfficientNetLite0Config().reference and file_sha256(path) != LITE0_SHA256:
+            raise IntegrityError(f"{path}: its sha256 differs from that of EfficientNet-Lite0's weights {LITE0_SHA256}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        kept = {name: tensor for name, tensor in state.items() if name not in ("_fc.weight", "_fc.bias")}
+        load_strict(self.model, kept, where=str(path))
+        self.reference_sha256 = self.weights_sha256()
+
+
+class HuggingFaceEncoder(Encoder):
+    """A vision transformer of `transformers`.
+
+    Features are `hidden_states[layer]`. With layer -1 and `final_norm` they are the model's own `last_hidden_state`,
+    which its final layer norm has passed where the family norms patches at all (CLIP norms its class token only).
+    """
+
+    config: HuggingFaceEncoderConfig
+
+    def __init__(self, config: HuggingFaceEncoderConfig):
+        super().__init__()
+        vision = _vision_config(config)
+        side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+        if not isinstance(side, int) or not isinstance(patch, int):
+            raise RecipeError(f"encoder: {vision.model_type} has no square images and patches, which are needed here")
+        architecture = {key: value for key, value in vision.to_diff_dict().items() if key not in _VOLATILE}
+        self.config = config.model_copy(update={"architecture": architecture})
+        self.model = _model_class(vision)(vision, **_without_pooling(vision))
+        self.requires_grad_(False).eval()
+        depth = vision.num_hidden_layers
+        if not -depth - 1 <= config.layer <= depth:
+            raise RecipeError(f"encoder.layer: {config.layer} is none of the {depth + 1} hidden states")
+        parameters = inspect.signature(self.model.forward).parameters
+        resized = config.image.size != side and "interpolate_pos_encoding" in parameters
+        self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if resized else {}
+        self._hidden = config.layer != -1 or not config.final_norm
+        self.prefix = self._tokens() - (config.image.size // patch) ** 2
+        if self.prefix < 0:
+            raise RecipeError(f"encoder: {vision.model_type} merges patches, which is not supported")
+        self.width = vision.hidden_size
+        self.patches = self._tokens() - (self.prefix if config.select == "patch" else 0)
+
+    def _tokens(self) -> int:
+        """Tokens of one image, class and register tokens included: a forward pass that computes nothing."""
+        vision = self.model.config
+        with torch.device("meta"):
+            twin = type(self.model)(vision).eval()
+            pixels = torch.empty(1, 3, self.config.image.size, self.config.image.size)
+        return twin(pixel_values=pixels, **self._options).last_hidden_state.shape[1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] -> features [B, N, d_enc]."""
+        output = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=self._hidden, **self._options)
+        features = output.hidden_states[self.config.layer] if self._hidden else output.last_hidden_state
+        return features[:, self.prefix :] if self.config.select == "patch" else features
+
+    def load_reference(self) -> None:
+        """Load the weights that the config's reference names."""
+        if self.config.reference is None:
+            raise RecipeError("encoder.reference: not set, and no checkpoint carries this encoder's weights")
+        self.load_weights(_model_directory(self.config.reference))
+
+    def load_weights(self, directory: Path) -> None:
+        """Load the vision model out of a transformers checkpoint, also a composite one, in float32."""
+        whole = open_config(directory)
+        if whole.model_type in COMPOSITE:
+            tensors = CheckpointTensors(directory)
+            load_vision_model(self.model, tensors, prefixes=COMPOSITE[whole.model_type])
+        else:
+            loaded, report = type(self.model).from_pretrained(
+                directory,
+                config=self.model.config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **_without_pooling(self.model.config),
+            )
+            # Unexpected ones are other parts of the checkpoint: a text tower, a classifier.
+            lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            if lacking:
+                raise CheckpointError(f"{directory}: lacks or mis-shapes tensors of the vision model: {lacking[:8]}")
+            self.model = loaded.requires_grad_(False).eval()
+        self.reference_sha256 = self.weights_sha256()
+
+
+def build(config: EncoderConfig, *, load_weights: bool = True) -> Encoder:
+    """A frozen encoder in float32, with its reference's weights or (`load_weights=False`) random ones.
+
+    Raises:
+        RecipeError: the config doesn't fit the architecture, or there is no reference to load from.
+        ReferenceError_: the reference doesn't resolve. CheckpointError, IntegrityError: its weights are not right.
+    """
+    encoder: EfficientNetLite0 | HuggingFaceEncoder
+    encoder = HuggingFaceEncoder(config) if isinstance(config, HuggingFaceEncoderConfig) else EfficientNetLite0(config)
+    if load_weights:
+        encoder.load_reference()
+    return encoder
+
+
+def open_config(directory: Path) -> PreTrainedConfig:
+    """The transformers config of a checkpoint directory. Raises ReferenceError_ where transformers can't read it."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ReferenceError_(f"{directory}/config.json: not a config that transformers knows ({error})") from error
+
+
+def _vision_config(config: HuggingFaceEncoderConfig) -> PreTrainedConfig:
+    """The transformers config of the vision model, also out of a composite one (CLIP, SigLIP, BLIP-2, LLaVA)."""
+    if config.architecture is not None:
+        fields = dict(config.architecture)
+        model_type = str(fields.pop("model_type", None))
+        try:
+            vision = AutoConfig.for_model(model_type, **fields)
+        except ValueError as error:
+            raise RecipeError(f"encoder.architecture: unknown model_type {model_type!r}") from error
+        except StrictDataclassError as error:
+            raise RecipeError(f"encoder.architecture: {error}") from error
+    elif config.reference is not None:
+        whole = open_config(_model_directory(config.reference))
+        vision = getattr(whole, "vision_config", whole)
+    else:
+        raise RecipeError("encoder: needs a reference, or an architecture where a checkpoint carries the weights")
+    if isinstance(vision, SiglipVisionConfig):
+        vision.vision_use_head = False  # pools the patches into one vector, which nothing here takes
+    return vision
+
+
+def _model_class(vision: PreTrainedConfig) -> Any:
+    if isinstance(vision, Blip2VisionConfig):
+        return Blip2VisionModel  # the one vision model here that AutoModel does not know
+    if type(vision) not in MODEL_MAPPING:
+        raise RecipeError(f"encoder: transformers has no AutoModel for {type(vision).__name__}")
+    return MODEL_MAPPING[type(vision)]
+
+
+def _without_pooling(vision: PreTrainedConfig) -> dict[str, Any]:
+    """Leave out the head over the class token: it is no part of the patches, and many checkpoints lack it."""
+    if "add_pooling_layer" in inspect.signature(_model_class(vision).__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+def _model_directory(reference: str) -> Path:
+    resolved = resolve(reference)
+    if not (resolved.path / "config.json").is_file():
+        raise ReferenceError_(f"{reference}: {resolved.path} holds no config.json of a transformers model")
+    return resolved.path
+
+
+def _weights_file(reference: str) -> Path:
+    path = resolve(reference).path
+    if not path.is_file():
+        raise ReferenceError_(f"{reference}: {path} is a directory; name the one file of weights")
+    return path

@@ -1,0 +1,35 @@
+"""Other people's VLMs as VPG + projector + prompt: a pure translation of config and tensors.
+
+The kind of a checkpoint is the `model_type` of its config.json, exactly; nothing is read from a path or a name.
+"""
+
+from pathlib import Path
+
+from vpgtrans.errors import ReferenceError_
+from vpgtrans.vision.encoders import open_config
+from vpgtrans.vision.importers import blip2, llava
+from vpgtrans.vision.importers.source import ImportedSource, read_json
+
+_IMPORTERS = {"blip-2": blip2.read, "llava": llava.read}
+
+__all__ = ["ImportedSource", "import_source"]
+
+
+def import_source(path: str | Path, *, reference: str | None = None) -> ImportedSource:
+    """Read a BLIP-2 or LLaVA-1.5 directory in the Hugging Face layout. Its language model's weights are not read.
+
+    Args:
+        path: the directory. reference: how the user named it, kept as `source_llm` and as the
+            encoder's reference; the path if None.
+
+    Raises:
+        ReferenceError_: no such checkpoint, or of a kind that has no importer. CheckpointError: tensors that are
+        missing, extra or mis-shaped. TransferError: the checkpoint does something our parts have no words for.
+    """
+    directory = Path(path)
+    model_type = read_json(directory / "config.json").get("model_type")
+    if model_type not in _IMPORTERS:
+        raise ReferenceError_(
+            f"{directory}: a VPG can't be imported from model_type {model_type!r}; known: {', '.join(_IMPORTERS)}"
+        )
+    return _IMPORTERS[model_type](directory, open_config(directory), reference=reference or str(directory))

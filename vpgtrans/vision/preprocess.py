@@ -1,0 +1,193 @@
+"""From an image file to pixels: opening anything a data set may hold, and the encoder's own resizing and scaling.
+
+The three fits agree with the image processors of `transformers` (BLIP, SigLIP and ViT squash; CLIP and LLaVA crop)
+to float32 rounding, without torchvision.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vpgtrans.config import ImageConfig
+from vpgtrans.errors import DataError, TransferError
+
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+MAX_ASPECT = 16
+"""A `crop` cuts longer images to this ratio first: a 1 x 30,000 strip would otherwise be resized to 4 GB."""
+
+Color = tuple[int, int, int]
+
+
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Decode an image completely and turn it upright: RGB, or RGBA where it has transparency.
+
+    Palettes, grey, CMYK and 16-bit images become 8-bit; of an animation the first frame is taken. A PIL image is
+    treated the same way.
+
+    Raises:
+        DataError: the file does not exist, is no image, is damaged, or would unpack to an absurd size.
+    """
+    where = f"{len(source)} bytes of image data" if isinstance(source, bytes) else str(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_8_bit(ImageOps.exif_transpose(source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()
+            return _to_8_bit(ImageOps.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, OverflowError) as error:
+        # What Pillow's decoders raise on damaged input.
+        raise DataError(f"{where}: not a readable image ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: refused ({error})") from error
+
+
+def to_rgb(image: Image.Image, *, background: Color = (255, 255, 255)) -> Image.Image:
+    """The image in mode RGB, its transparency laid on `background`."""
+    image = _to_8_bit(image)
+    if image.mode == "RGBA":
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas.alpha_composite(image)
+        image = canvas.convert("RGB")
+    return image
+
+
+class ImageTransform:
+    """An image -> pixels [3, size, size], float32, as `config` says."""
+
+    def __init__(self, config: ImageConfig):
+        self.config = config
+        self._mean = torch.tensor(config.mean)[:, None, None]
+        self._std = torch.tensor(config.std)[:, None, None]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels of one opened image (see `open_image`)."""
+        array = np.array(self.square(to_rgb(image, background=self.config.background)))
+        pixels = torch.from_numpy(array).permute(2, 0, 1).float() / 255
+        return (pixels - self._mean) / self._std
+
+    def batch(self, images: list[Image.Image]) -> Tensor:
+        """Pixels [B, 3, size, size]."""
+        return torch.stack([self(image) for image in images])
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The RGB image resized and cropped or padded to size x size."""
+        size, fit = self.config.size, self.config.fit
+        filter_ = RESAMPLING[self.config.resample]
+        width, height = image.size
+        if fit == "squash":
+            return image.resize((size, size), filter_)
+        if fit == "crop":
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                image = _center(image, min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width))
+                width, height = image.size
+            # Truncation, not rounding, as CLIP's processor does it.
+            scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+            return _center(image.resize(scaled, filter_), size, size)
+        longest = max(width, height)
+        scaled = max(1, round(width * size / longest)), max(1, round(height * size / longest))
+        canvas = Image.new("RGB", (size, size), self.config.background)
+        canvas.paste(image.resize(scaled, filter_), ((size - scaled[0]) // 2, (size - scaled[1]) // 2))
+        return canvas
+
+
+def image_config_from(directory: str | Path) -> ImageConfig | None:
+    """The preprocessing that a Hugging Face checkpoint states, or None where it states none.
+
+    Reads `preprocessor_config.json`, or the `image_processor` of `processor_config.json` (transformers 5).
+
+    Raises:
+        TransferError: it states something that `ImageConfig` has no words for.
+    """
+    path = Path(directory) / "preprocessor_config.json"
+    if path.is_file():
+        stated = _read_json(path)
+    else:
+        path = Path(directory) / "processor_config.json"
+        stated = _read_json(path).get("image_processor", {}) if path.is_file() else {}
+    if "size" not in stated:
+        return None
+
+    crops = bool(stated.get("do_center_crop", False))
+    side, fit = _side_and_fit(stated["size"], crops, path)
+    if crops:
+        cut = stated.get("crop_size", side)
+        cut_side, _ = _side_and_fit(cut, False, path)
+        if cut_side != side:
+            raise TransferError(f"{path}: resizes to {side} and crops to {cut_side}; only equal sizes are supported")
+    if stated.get("do_pad", False):
+        fit = "pad"
+    resample = int(stated.get("resample", 3))
+    names = {int(value): name for name, value in RESAMPLING.items()}
+    if resample not in names:
+        raise TransferError(f"{path}: resample {resample} is none of {names}")
+
+    mean: list[float] = [0.0] * 3
+    std: list[float] = [1.0] * 3
+    if stated.get("do_normalize", True):
+        mean = list(stated.get("image_mean") or ImageConfig().mean)
+        std = list(stated.get("image_std") or ImageConfig().std)
+    # Ours always divides by 255; another factor f goes into mean and std: (f·x - m)/s = (x/255 - m/255f)/(s/255f).
+    factor = 255 * float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 255.0
+    if abs(factor - 1) > 1e-9:
+        mean, std = [m / factor for m in mean], [s / factor for s in std]
+    # LLaVA's own processor pads with the mean colour; elsewhere the background is seen only through transparency.
+    background = tuple(min(255, max(0, int(255 * m))) for m in mean) if fit == "pad" else ImageConfig().background
+    return ImageConfig.model_validate(
+        {"size": side, "fit": fit, "resample": names[resample], "mean": mean, "std": std, "background": background}
+    )
+
+
+def _side_and_fit(size: Any, crops: bool, path: Path) -> tuple[int, str]:
+    """The side, and `crop` where `size` names the shortest edge."""
+    if isinstance(size, int):
+        return size, "crop" if crops else "squash"
+    if isinstance(size, Mapping):
+        if "shortest_edge" in size and "longest_edge" not in size:
+            if crops:
+                return int(size["shortest_edge"]), "crop"
+        elif size.get("height") is not None and size.get("height") == size.get("width"):
+            return int(size["height"]), "squash"
+    raise TransferError(f"{path}: size {size} (center crop: {crops}) does not give a square")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TransferError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(stated, dict):
+        raise TransferError(f"{path}: must hold a JSON object")
+    return stated
+
+
+def _center(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB or, with transparency, RGBA."""
+    if image.mode in ("RGB", "RGBA") and "transparency" not in image.info:
+        return image
+    if image.mode[:1] in ("I", "F"):
+        # Pillow clips these to 255 on conversion; a 16-bit grey must be scaled instead.
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            values = np.nan_to_num(values) * (255 if values.max(initial=0) <= 1 else 1)
+        elif image.mode != "I" or values.max(initial=0) > 255:
+            values = values / 257
+        return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8)).convert("RGB")
+    transparent = image.mode in ("LA", "La", "PA", "RGBa", "RGBA") or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")
