@@ -1,0 +1,293 @@
+"""One YAML file says all of a run: load it, override it, check it, write it out with every default.
+
+Paths inside a recipe are relative to the working directory. No torch here: `vpgtrans validate` and `--help` stay fast.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vpgtrans import recipe_file
+from vpgtrans.config import (
+    Config,
+    InitialiserConfig,
+    LoRAConfig,
+    Mode,
+    Part,
+    ProjectorConfig,
+    PromptConfig,
+    VPGConfig,
+)
+from vpgtrans.data.config import DataSource
+from vpgtrans.errors import RecipeError
+from vpgtrans.explain import explain
+
+Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+NORMAL_RATE = 1e-4
+"""The method's fine-tuning rate; the warm-up's is five times as high."""
+WARMUP_FACTOR = 5
+
+
+def _shape(value: Any) -> str:
+    return "parts" if isinstance(value, Mapping | Config) else "plain"
+
+
+class SourceConfig(Config):
+    """Where the VPG comes from."""
+
+    vpg: Annotated[Annotated[str, Tag("plain")] | Annotated[VPGConfig, Tag("parts")], Discriminator(_shape)]
+    """A reference to a VLM whose VPG is taken, or `{encoder, connector}` to build one from scratch."""
+
+
+class TargetConfig(Config):
+    """The LLM that the VPG moves to, or trains with."""
+
+    llm: str = Field(min_length=1)
+    projector: ProjectorConfig | None = None
+    """None: the source's own projector's kind, or the default one where there is no source projector."""
+    trust_remote_code: bool = False
+
+
+class DataConfig(Config):
+    """The data of all stages."""
+
+    train: list[DataSource] = Field(min_length=1)
+    validation: list[DataSource] = Field(min_length=1)
+    test: list[DataSource] = Field(default=[])
+    max_bad_fraction: Share = 0.01
+    """Stop when more than this share of the images so far is unreadable; below it they are skipped and listed."""
+    augment: bool = True
+    """Allow augmentation in the stages that ask for it."""
+
+
+class Budget(Config):
+    """How long a stage trains, in samples or in text tokens: the same for every world size and accumulation."""
+
+    samples: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if (self.samples is None) == (self.tokens is None):
+            raise ValueError("give samples or tokens, one of them")
+        return self
+
+
+class Stage(Config):
+    """One stretch of training: what trains, how fast, for how long."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    trainable: dict[Part, Mode]
+    """Part -> frozen, full or lora; a part that is not named is frozen."""
+    lr: Annotated[Annotated[Rate, Tag("plain")] | Annotated[dict[Part, Rate], Tag("parts")], Discriminator(_shape)]
+    """One rate, or a rate for each part that trains. Default: 1e-4; 5e-4 where only the projector trains."""
+    lr_schedule: Literal["constant", "cosine"]
+    """Default: cosine; constant where only the projector trains."""
+    warmup_fraction: Share = 0.02
+    """Share of the stage over which the rate rises from zero."""
+    weight_decay: NonNegativeFloat = 0.05
+    budget: Budget
+    batch_size: PositiveInt = 16
+    """Samples per optimizer update, over all devices."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples that go through the model at once; None: the whole batch."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null switches clipping off."""
+    lora: LoRAConfig = LoRAConfig()
+    cache_features: Literal["auto"] | bool = "auto"
+    """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen, not augmented and reused."""
+    augment: bool
+    """Default: true where encoder or connector train (and `data.augment` allows it)."""
+    validate_every: PositiveInt | None = None
+    """Samples between validations; None: ten times in the stage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """The defaults that depend on what trains."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("trainable"), Mapping):
+            # the missing or malformed `trainable` is reported; these three must not be reported with it
+            trains: set[str] = set()
+            if not isinstance(data, Mapping):
+                return data
+        else:
+            trains = {str(part) for part, mode in data["trainable"].items() if mode != "frozen"}
+        projector_only = trains == {"projector"}
+        defaults = {
+            "lr": NORMAL_RATE * (WARMUP_FACTOR if projector_only else 1),
+            "lr_schedule": "constant" if projector_only else "cosine",
+            "augment": bool(trains & {"encoder", "connector"}),
+        }
+        return defaults | dict(data)
+
+    @field_validator("trainable")
+    @classmethod
+    def _something_trains(cls, trainable: dict[str, str]) -> dict[str, str]:
+        if all(mode == "frozen" for mode in trainable.values()):
+            raise ValueError("this stage trains nothing; give at least one part the mode full or lora")
+        for part, mode in trainable.items():
+            if mode == "lora" and part != "llm":
+                raise ValueError(f"{part}: lora is possible for llm alone so far; {part} can be frozen or full")
+        return {part: trainable.get(part, "frozen") for part in ("encoder", "connector", "projector", "llm")}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Stage":
+        if isinstance(self.lr, dict):
+            trains = [part for part, mode in self.trainable.items() if mode != "frozen"]
+            if missing := [part for part in trains if part not in self.lr]:
+                raise ValueError(f"lr names no rate for {', '.join(missing)}, which trains; add it or give one rate")
+            if idle := [part for part in self.lr if part not in trains]:
+                raise ValueError(f"lr names a rate for {', '.join(idle)}, which is frozen in this stage")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.cache_features is True and self.trainable["encoder"] != "frozen":
+            raise ValueError("cache_features: true needs a frozen encoder; features that train can't be kept")
+        if self.cache_features is True and self.augment:
+            raise ValueError("cache_features: true needs augment: false; augmented images differ each time")
+        return self
+
+    @property
+    def rates(self) -> dict[Part, float]:
+        """The learning rate of each part that trains."""
+        trains: list[Part] = [part for part, mode in self.trainable.items() if mode != "frozen"]
+        return {part: self.lr[part] if isinstance(self.lr, dict) else self.lr for part in trains}
+
+
+class TrainerConfig(Config):
+    """The machine's side of training."""
+
+    devices: PositiveInt | Literal["auto"] = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
+    precision: Literal["auto", "bf16-true", "bf16-mixed", "fp32"] = "auto"
+    """auto: bf16-true where the processor has bf16, fp32 elsewhere."""
+    validate_samples: PositiveInt | None = None
+    """Validate on this many samples; None: all."""
+    threads: PositiveInt | None = None
+    """CPU threads; None: torch's own choice."""
+
+
+class EvaluationConfig(Config):
+    """The captions that are generated and scored when training is done."""
+
+    samples: PositiveInt = 256
+    max_new_tokens: PositiveInt = 32
+
+
+ARMS = ("scratch", "inherit", "transfer", "random", "converter", "caption-fit", "keep")
+
+
+class CompareConfig(Config):
+    """`vpgtrans compare`: the same target, data and budget from several starts."""
+
+    arms: list[Literal["scratch", "inherit", "transfer", "random", "converter", "caption-fit", "keep"]] = Field(
+        default=["scratch", "inherit", "transfer"], min_length=1
+    )
+    """scratch: connector and projector random. inherit: VPG kept, projector random, no warm-up. transfer: the recipe
+    as it stands. The others are initialisers, trained like transfer."""
+    seeds: PositiveInt = 3
+    lr_factors: list[Rate] = Field(default=[1.0, 2.0], min_length=1)
+    """scratch and inherit fine-tune at the recipe's rates times each of these; the better one counts."""
+
+
+class Recipe(Config):
+    """All of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    source: SourceConfig
+    target: TargetConfig
+    initialiser: InitialiserConfig = InitialiserConfig()
+    """A bare string is short for `{kind: STRING}`."""
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig
+    stages: list[Stage] = Field(min_length=1)
+    trainer: TrainerConfig = TrainerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compare: CompareConfig = CompareConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @field_validator("stages")
+    @classmethod
+    def _distinct_names(cls, stages: list[Stage]) -> list[Stage]:
+        names = [stage.name for stage in stages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two stages are called {', '.join(twice)}; every stage needs its own name")
+        return stages
+
+    def augments(self, stage: Stage) -> bool:
+        """Whether images are augmented in a stage: both the data and the stage must say so."""
+        return self.data.augment and stage.augment
+
+
+# --- load and write -----------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe, apply overrides, check it.
+
+    overrides: `KEY=VALUE` strings whose value is YAML (`stages.0.lr=1e-3`, `stages.warmup.budget.samples=64`,
+        `data.train=[{dataset: openmoji}]`), or a mapping from such keys to Python values.
+
+    Raises:
+        RecipeError: with every problem found, a line each: file and line or override, key path, what would be right.
+    """
+    document = recipe_file.read(Path(path))
+    problems = recipe_file.override(document, overrides)
+    document.data = _written_out(document.data)
+    try:
+        # by way of JSON, so that strict types still take a YAML list for a tuple and 1 for 1.0
+        recipe = Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        problems += explain(error, root=Recipe, data=document.data, where=document.where, file=str(path))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def _written_out(data: dict[str, Any]) -> dict[str, Any]:
+    """Short forms as their long ones."""
+    initialiser = data.get("initialiser")
+    return data | {"initialiser": {"kind": initialiser}} if isinstance(initialiser, str) else data
+
+
+def parse_recipe(data: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
+    """A recipe from plain Python values.
+
+    Raises:
+        RecipeError: as `load_recipe`, with `name` in the file's place.
+    """
+    plain = _written_out(recipe_file.plain(data))
+    try:
+        return Recipe.model_validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, root=Recipe, data=plain, where={}, file=name))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `load_recipe` reads it back to an equal one."""
+    stream = StringIO()
+    recipe_file.parser(typ="safe").dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 over everything the recipe says, defaults included."""
+    text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
