@@ -1,0 +1,141 @@
+"""The verbs for Python: as on the command line, with a recipe's path or a `Recipe`, and overrides as a mapping."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vpgtrans.errors import RecipeError
+from vpgtrans.recipe import Recipe, load_recipe
+
+RecipeLike = str | Path | Recipe
+Overrides = Mapping[str, Any] | Sequence[str]
+
+
+def _recipe(recipe: RecipeLike, overrides: Overrides) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides)
+    if overrides:
+        raise RecipeError("overrides go with a recipe's path; this recipe is loaded already")
+    return recipe
+
+
+def transfer(
+    recipe: RecipeLike,
+    overrides: Overrides = (),
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Move a VPG to the recipe's target LLM; returns the run directory.
+
+    overrides: `{"seed": 1, "stages.warmup.budget.samples": 64}` or `["seed=1"]`.
+
+    Raises:
+        VpgTransError: as on the command line.
+    """
+    checked = _recipe(recipe, overrides)
+    from vpgtrans import runs  # after the checks: it loads torch
+
+    return runs.transfer(
+        checked,
+        output=_path(output),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        device=device,
+    )
+
+
+def train(
+    recipe: RecipeLike,
+    overrides: Overrides = (),
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Train a VPG from scratch with the recipe's target LLM; returns the run directory."""
+    checked = _recipe(recipe, overrides)
+    from vpgtrans import runs  # after the checks: it loads torch
+
+    return runs.train(
+        checked,
+        output=_path(output),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        device=device,
+    )
+
+
+def compare(
+    recipe: RecipeLike,
+    overrides: Overrides = (),
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train from several starts side by side; returns the summary with losses, curves and speed-ups."""
+    checked = _recipe(recipe, overrides)
+    from vpgtrans import runs  # after the checks: it loads torch
+
+    return runs.compare(
+        checked,
+        arms=None if arms is None else list(arms),
+        seeds=seeds,
+        output=_path(output),
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+def probe(recipe: RecipeLike, overrides: Overrides = (), *, output: str | Path | None = None) -> list[dict[str, Any]]:
+    """Score every initialiser without training; returns a row each."""
+    checked = _recipe(recipe, overrides)
+    from vpgtrans import runs  # after the checks: it loads torch
+
+    return runs.probe(checked, output=_path(output))
+
+
+def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
+    """Check a recipe, its references and widths, without loading weights."""
+    checked = _recipe(recipe, overrides)
+    from vpgtrans import runs  # after the checks: it loads torch
+
+    return runs.validate(checked)
+
+
+def evaluate(
+    vlm: str | Path, *, data: Sequence[str], samples: int | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Loss and caption metrics of a VLM on data sets (`openmoji:test`)."""
+    from vpgtrans import runs
+
+    return runs.evaluate(str(vlm), data=list(data), samples=samples, device=device)
+
+
+def caption(
+    vlm: str | Path,
+    images: Sequence[str | Path],
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int = 32,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """A `{"image", "caption"}` for each image."""
+    from vpgtrans import runs
+
+    paths = [Path(image) for image in images]
+    return runs.caption(str(vlm), paths, prompt=prompt, max_new_tokens=max_new_tokens, device=device)
+
+
+def _path(output: str | Path | None) -> Path | None:
+    return None if output is None else Path(output)

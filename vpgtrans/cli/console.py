@@ -1,0 +1,155 @@
+"""What the CLI shows: logs and progress on stderr, results on stdout. The only place that quietens libraries."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import click
+
+Level = Literal["verbose", "normal", "quiet"]
+LEVELS = {"verbose": logging.DEBUG, "normal": logging.INFO, "quiet": logging.WARNING}
+NOISY = (
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "datasets",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "PIL",
+    "torch",
+)
+
+
+def _quieten(level: Level) -> None:
+    """Keep the libraries' advice and progress bars off the terminal; their errors still show."""
+    if level == "verbose":
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # a download of gigabytes may show its progress on a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)})(\..*)?$")
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _log_to_stderr(level: Level) -> None:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("vpgtrans")
+    logger.setLevel(LEVELS[level])
+    for old in [h for h in logger.handlers if isinstance(h, RichHandler)]:
+        logger.removeHandler(old)
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_time=False, show_level=level == "verbose", markup=False
+    )
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+@contextmanager
+def loading(what: str = "loading libraries") -> Iterator[None]:
+    """Set up logs and quieten libraries, then show a status while the heavy imports go on (on a terminal only)."""
+    level: Level = click.get_current_context().find_root().obj or "normal"
+    _quieten(level)
+    _log_to_stderr(level)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal and level != "quiet":
+        with console.status(f"{what} …"):
+            yield
+    else:
+        yield
+    if level != "verbose" and "transformers" in sys.modules:
+        # "Loading weights" bars are switched apart from the verbosity; the switch is the library's own
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; what is not finite becomes null, since JSON has no NaN."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    return None if isinstance(value, float) else value
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value)) or "–"
+    return str(value)
+
+
+def _render(table: Any) -> None:
+    from rich.console import Console
+
+    # a fixed width where there is no terminal, so that a redirected table is not folded at 80 columns
+    console = Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
+    """A table with a column for each key that any row has."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name in columns:
+        numeric = any(isinstance(row.get(name), int | float) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        # Text, not markup: a caption may hold square brackets
+        table.add_row(*(Text(cell(row.get(name))) for name in columns))
+    _render(table)
+
+
+def print_pairs(pairs: Mapping[str, Any], *, title: str | None = None) -> None:
+    """A mapping as two columns; a list of mappings inside it becomes a table of its own."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    nested = {key: value for key, value in pairs.items() if _is_rows(value)}
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for key, value in pairs.items():
+        if key not in nested:
+            table.add_row(key.replace("_", " "), Text(cell(value)))
+    _render(table)
+    for key, rows in nested.items():
+        print_rows(rows, title=key.replace("_", " "))
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

@@ -1,0 +1,68 @@
+"""Arguments and options that several verbs share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from vpgtrans.recipe import Recipe
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Examples(click.Command):
+    """A command whose epilog keeps its lines: examples to copy."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.strip().splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+def recipe_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`RECIPE [KEY=VALUE ...]`."""
+    function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+    return click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")(function)
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a run goes, and what may happen to one that is there already."""
+    function = click.option("--overwrite", is_flag=True, help="Replace the run that stands in the output directory.")(
+        function
+    )
+    function = click.option("--resume", is_flag=True, help="Go on with the run in the output directory.")(function)
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Run directory [default: runs/NAME]."
+    )(function)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json`: one JSON document on stdout and nothing else."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(function)
+
+
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device`."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        default="auto",
+        show_default=True,
+        help="Where it runs.",
+    )(function)
+
+
+def check_output(*, resume: bool, overwrite: bool) -> None:
+    """Refuse two options that contradict each other."""
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other: go on with the run, or replace it.")
+
+
+def read_recipe(path: Path, overrides: Sequence[str]) -> "Recipe":
+    """The checked recipe; imports pydantic, but no torch."""
+    from vpgtrans.recipe import load_recipe
+
+    return load_recipe(path, overrides)

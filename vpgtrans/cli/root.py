@@ -1,0 +1,95 @@
+"""The `vpgtrans` group: lazy verbs, exit codes, one message an error.
+
+Exit codes: 0 done; 1 failed while running; 2 the user's input is wrong; 4 integrity; 130 interrupted; 143 terminated.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from vpgtrans import __version__
+from vpgtrans.errors import VpgTransError
+
+VERBS = {
+    "transfer": "vpgtrans.cli.transfer",
+    "train": "vpgtrans.cli.train",
+    "compare": "vpgtrans.cli.compare",
+    "probe": "vpgtrans.cli.probe",
+    "validate": "vpgtrans.cli.validate",
+    "evaluate": "vpgtrans.cli.evaluate",
+    "caption": "vpgtrans.cli.caption",
+    "registry": "vpgtrans.cli.registry",
+    "doctor": "vpgtrans.cli.doctor",
+}
+"""Verb -> the module that holds its `command`, in the order of the help page."""
+
+
+class Root(click.Group):
+    """Imports a verb's module when it is asked for, and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(VERBS[cmd_name]).command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VpgTransError as error:
+            if os.environ.get("VPGTRANS_DEBUG") == "1":
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            # the reader of our output went away: nothing left to say, and nothing to flush at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Run `vpgtrans COMMAND --help` for examples. VPGTRANS_DEBUG=1 shows tracebacks.",
+)
+@click.version_option(__version__, prog_name="vpgtrans")
+@click.option("-v", "--verbose", is_flag=True, help="Log more, the libraries' own messages included.")
+@click.option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
+@click.pass_context
+def cli(ctx: click.Context, *, verbose: bool, quiet: bool) -> None:
+    """Give a language model the eyes that another one was trained with."""
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other.")
+    ctx.obj = "verbose" if verbose else "quiet" if quiet else "normal"
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """Unwind the stack, so that a run under way can save its checkpoint."""
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """The entry point of the `vpgtrans` script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    cli(prog_name="vpgtrans")

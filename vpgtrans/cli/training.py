@@ -1,0 +1,75 @@
+"""What `transfer` and `train` share: their options, and what they print when a run is done."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vpgtrans.cli import console
+from vpgtrans.cli.options import check_output, device_option, json_option, output_options, read_recipe, recipe_arguments
+
+SAMPLES_SHOWN = 6
+
+
+def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Every option of a verb that trains."""
+    function = json_option(function)
+    function = device_option(function)
+    function = click.option(
+        "--dry-run", is_flag=True, help="Load and join everything, print what would train, and stop before training."
+    )(function)
+    return recipe_arguments(output_options(function))
+
+
+def run(
+    verb: str,
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check the arguments, call `vpgtrans.runs.<verb>`, show the result."""
+    check_output(resume=resume, overwrite=overwrite)
+    checked = read_recipe(recipe, overrides)
+    with console.loading():
+        from vpgtrans import runs
+    call = runs.transfer if verb == "transfer" else runs.train
+    done = call(checked, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
+    show(done, as_json=as_json, dry_run=dry_run)
+
+
+def show(path: Path, *, as_json: bool, dry_run: bool) -> None:
+    """The summary of a finished run, captions it wrote, and where to look."""
+    summary_file = path / "summary.json"
+    if dry_run or not summary_file.is_file():
+        if as_json:
+            console.print_json({"output": str(path), "dry_run": dry_run})
+        return
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    if as_json:
+        console.print_json({**summary, "output": str(path)})
+        return
+    console.print_pairs(summary, title=f"run {path}")
+    samples = _read(path / "samples.json")
+    shown = [{k: v for k, v in row.items() if k != "image"} for row in samples[:SAMPLES_SHOWN] if isinstance(row, dict)]
+    if shown:
+        console.print_rows(shown, title="captions of images it has not seen")
+    for name, what in (("vlm", "model"), ("report.html", "report")):
+        if (path / name).exists():
+            click.echo(f"{what}: {path / name}")
+    if (path / "vlm").exists():
+        click.echo(f"try it: vpgtrans caption {path / 'vlm'} IMAGE")
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return rows if isinstance(rows, list) else []
