@@ -35,6 +35,8 @@ class Name:
     group: str
     modifiers: tuple[tuple[str, str], ...] = ()
     """(slot, value), sorted: ("gender", "woman"), ("tone", "dark"), …"""
+    characters: str = ""
+    """The emoji itself."""
 
     @property
     def toned(self) -> bool:
@@ -83,7 +85,7 @@ def _parse(caption: str, characters: str, gendered: frozenset[str], coloured: fr
     modifiers = {"tone" if i == 0 else f"tone-{i + 1}": tone for i, tone in enumerate(tones)}
 
     def name(base: str, group: str) -> Name:
-        return Name(caption, base, group, tuple(sorted(modifiers.items())))
+        return Name(caption, base, group, tuple(sorted(modifiers.items())), characters)
 
     if _is_flag(characters):
         return name(rest, "flag")
@@ -153,6 +155,8 @@ def assign_splits(
     - `tone`: a skin-tone variant of a combination that train has in other tones, at most one per base and split, until
       toned rows are half of the split.
     """
+    # The first of a base or combination stands for it in the hash order: it must not depend on the rows' order.
+    names = sorted(names, key=lambda n: [f"{ord(c):04X}" for c in n.characters])
     placed: dict[str, Assignment] = {}
     by_base: dict[str, list[Name]] = defaultdict(list)
     pairings: dict[tuple, list[Name]] = defaultdict(list)
