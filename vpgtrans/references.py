@@ -121,7 +121,11 @@ def resolve(reference: str) -> Resolved:
     when a checksum differs.
     """
     scheme, colon, rest = reference.partition(":")
-    schemes = {"hf": _resolve_hub, "pip": _resolve_distribution, "registry": _resolve_registry}
+    schemes: dict[str, Callable[[str, str], Resolved]] = {
+        "hf": _resolve_hub,
+        "pip": _resolve_distribution,
+        "registry": _resolve_registry,
+    }
     if colon and scheme in schemes:
         return schemes[scheme](reference, rest)
     if not reference.strip():

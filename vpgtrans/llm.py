@@ -1,0 +1,375 @@
+"""Language models: open one from a reference, or read its word embeddings alone.
+
+The input-embedding space is that of `inputs_embeds`: what the embedding layer returns, family quirks included, before
+anything the model does to `inputs_embeds` itself (OPT's `project_in`, Granite's multiplier).
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from vpgtrans import gguf_files
+from vpgtrans.checkpoint_files import CheckpointFiles
+from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
+from vpgtrans.references import Resolved, resolve
+
+log = logging.getLogger(__name__)
+
+# --- family quirks, all of them ---------------------------------------------------------------
+
+_SCALE_OUTSIDE_LAYER = {"falcon_h1": "embedding_multiplier"}
+"""model_type -> config field: the model multiplies the layer's output by it, but not `inputs_embeds`."""
+
+_VERIFIED = frozenset(
+    {"opt", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "granite", "falcon_h1"}
+)
+"""model_types whose `model(ids) == model(inputs_embeds=embed(ids))` has a test; others are checked when opened."""
+
+_COMPOSITE_PREFIXES = ("", "language_model.", "model.language_model.", "text_model.", "model.text_model.")
+"""Where a checkpoint with more than a language model keeps it: BLIP-2, LLaVA on disk, in memory, Idefics3."""
+
+
+# --- what identifies an LLM -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What makes two LLMs the same base; plain JSON values."""
+
+    reference: str
+    revision: str | None
+    architecture: str
+    """The model class, e.g. LlamaForCausalLM."""
+    width: int
+    layers: int
+    vocabulary: int
+    """Rows of the embedding table."""
+    tokenizer_sha256: str
+    embeddings_sha256: str | None
+    """Of the table as bf16 bytes, so that the dtype it was opened in doesn't matter."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Fingerprint":
+        return cls(**values)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does: its backend's serialisation without the padding and truncation of the moment."""
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for passing in ("padding", "truncation"):
+            state.pop(passing, None)
+        merges = state["model"].get("merges")
+        if merges:
+            # the library has written both "a b" and ["a", "b"]
+            state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    else:
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def embeddings_sha256(weight: Tensor) -> str:
+    """A hash of an embedding table [V, d] as contiguous bf16 bytes."""
+    digest = hashlib.sha256()
+    for rows in weight.detach().split(16384):
+        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- an LLM -----------------------------------------------------------------------------------
+
+
+@dataclass
+class LanguageModel:
+    """A frozen causal LLM in eval mode, with its tokenizer."""
+
+    model: Any
+    """transformers.PreTrainedModel, or what peft makes of it."""
+    tokenizer: Any
+    reference: str
+    fingerprint: Fingerprint
+
+    @property
+    def width(self) -> int:
+        """Width of `inputs_embeds`."""
+        return self.fingerprint.width
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Word embeddings as the model takes them: ids LongTensor[...] -> Tensor[..., d], scaling included."""
+        return _embed(self.model.get_input_embeddings(), ids, self.model.config)
+
+    @functools.cached_property
+    def word_rms(self) -> float:
+        """Root mean square over the entries of all words' embeddings (specials and unused rows left out)."""
+        ids = _word_ids(self.tokenizer, self.fingerprint.vocabulary)
+        with torch.no_grad():
+            device = self.model.get_input_embeddings().weight.device
+            return _rms(self.embed(chunk.to(device)) for chunk in ids.split(16384))
+
+
+@dataclass
+class WordEmbeddings:
+    """The table that `LanguageModel.embed` looks up, without the model."""
+
+    matrix: Tensor
+    """float32 [V, d], as fed to the blocks: layer called, scaling included."""
+    tokenizer: Any
+    reference: str
+    fingerprint: Fingerprint
+
+    @functools.cached_property
+    def word_rms(self) -> float:
+        """As LanguageModel.word_rms."""
+        ids = _word_ids(self.tokenizer, len(self.matrix))
+        return _rms(self.matrix[chunk] for chunk in ids.split(16384))
+
+
+def _embed(layer: nn.Module, ids: Tensor, config: Any) -> Tensor:
+    vectors = layer(ids)
+    field = _SCALE_OUTSIDE_LAYER.get(config.get_text_config().model_type)
+    return vectors if field is None else vectors * getattr(config.get_text_config(), field)
+
+
+def _word_ids(tokenizer: Any, rows: int) -> Tensor:
+    added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    return torch.tensor([i for i in range(min(len(tokenizer), rows)) if i not in added])
+
+
+def _rms(chunks: Iterator[Tensor]) -> float:
+    total, count = 0.0, 0
+    for chunk in chunks:
+        total += chunk.float().square().sum(dtype=torch.float64).item()
+        count += chunk.numel()
+    return math.sqrt(total / count)
+
+
+# --- opening ----------------------------------------------------------------------------------
+
+
+def open_llm(
+    reference: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Open a causal LLM, frozen and in eval mode; `dtype` is bf16 if None.
+
+    Raises ReferenceError_ where the reference is no causal LLM, CheckpointError where its weights don't fill the model.
+    """
+    found = _resolve_llm(reference)
+    directory = gguf_files.dequantised(found.path) if found.kind == "gguf" else found.path
+    config = _config(reference, directory, trust_remote_code=trust_remote_code)
+    _require_causal(reference, config)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype or torch.bfloat16,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{reference}: the model in {directory} can't be loaded: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CheckpointError(f"{reference}: the weights in {directory} lack {len(info['missing_keys'])}: {missing}")
+    if info["unexpected_keys"]:
+        unexpected = sorted(info["unexpected_keys"])
+        log.warning("%s: %d tensors that the model doesn't use, e.g. %s", reference, len(unexpected), unexpected[0])
+    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
+    weight = model.get_input_embeddings().weight
+    fingerprint = _fingerprint(found, type(model).__name__, config, tokenizer, weight)
+    llm = LanguageModel(model, tokenizer, reference, fingerprint)
+    if config.get_text_config().model_type not in _VERIFIED:
+        _verify_inputs_embeds(llm)
+    return llm
+
+
+def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of an LLM (or of a composite checkpoint); no weights are read."""
+    found = _resolve_llm(reference)
+    directory = gguf_files.tokenizer_directory(found.path) if found.kind == "gguf" else found.path
+    return _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
+
+
+def read_embeddings(reference: str, *, trust_remote_code: bool = False) -> WordEmbeddings:
+    """Read an LLM's input-embedding table and nothing else of its weights.
+
+    Takes composite checkpoints too (BLIP-2, LLaVA, Idefics3): the table of their text model. Raises ReferenceError_
+    where there is no language model, CheckpointError where the file lacks the table or it has another shape.
+    """
+    found = _resolve_llm(reference)
+    made = gguf_files.cached_model(found.path) if found.kind == "gguf" else found.path
+    if made is None:
+        tokenizer_home = gguf_files.tokenizer_directory(found.path)
+        config = gguf_files.open_config(found.path)
+    else:
+        tokenizer_home = made
+        config = _config(reference, made, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(reference, tokenizer_home, trust_remote_code=trust_remote_code)
+    skeleton = _skeleton(reference, config.get_text_config(), trust_remote_code=trust_remote_code)
+    layer = skeleton.get_input_embeddings()
+    if made is None:
+        weight = gguf_files.read_token_embeddings(found.path)
+    else:
+        weight = CheckpointFiles(made).first_of(_table_names(skeleton, layer))
+    if weight.shape != layer.weight.shape:
+        raise CheckpointError(
+            f"{reference}: the embedding table is {list(weight.shape)}, its config says {list(layer.weight.shape)}"
+        )
+    fingerprint = _fingerprint(found, type(skeleton).__name__, config, tokenizer, weight)
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    matrix = torch.empty(weight.shape)
+    for start in range(0, len(matrix), 16384):
+        ids = torch.arange(start, min(start + 16384, len(matrix)))
+        matrix[ids] = _embed(layer, ids, config)
+    return WordEmbeddings(matrix, tokenizer, reference, fingerprint)
+
+
+def _resolve_llm(reference: str) -> Resolved:
+    found = resolve(reference)
+    if found.kind == "vlm":
+        raise ReferenceError_(
+            f"{reference}: {found.path} is a VLM directory, not an LLM. Name the LLM itself "
+            "(manifest.json says which one it was made for), or use the directory as source.vpg"
+        )
+    if found.kind == "file":
+        raise ReferenceError_(f"{reference}: {found.path} is no LLM; name a Hugging Face directory or a .gguf file")
+    if found.kind == "directory" and not (found.path / "config.json").is_file():
+        raise ReferenceError_(f"{reference}: {found.path} holds no config.json, so it is no Hugging Face model")
+    return found
+
+
+def _config(reference: str, directory: Path, *, trust_remote_code: bool) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ReferenceError_(f"{reference}: {directory / 'config.json'} can't be read: {error}") from error
+
+
+def _require_causal(reference: str, config: Any) -> None:
+    """Refuse encoders, encoder-decoders and vision-language checkpoints."""
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in _auto_map(config):
+        return
+    if config.get_text_config() is not config:
+        raise ReferenceError_(
+            f"{reference}: a {config.model_type} checkpoint holds an LLM but is none; name the LLM it was built on, "
+            "or use this reference as source.vpg"
+        )
+    raise ReferenceError_(f"{reference}: {config.model_type} is no causal language model (AutoModelForCausalLM)")
+
+
+def _auto_map(config: Any) -> dict[str, str]:
+    return getattr(config, "auto_map", None) or {}
+
+
+def _tokenizer(reference: str, directory: Path, *, trust_remote_code: bool) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ReferenceError_(f"{reference}: {directory} holds no tokenizer that opens: {error}") from error
+
+
+def _fingerprint(found: Resolved, architecture: str, config: Any, tokenizer: Any, weight: Tensor) -> Fingerprint:
+    rows, width = weight.shape
+    if len(tokenizer) > rows:
+        log.warning("%s: the tokenizer has %d tokens, the table %d rows", found.reference, len(tokenizer), rows)
+    return Fingerprint(
+        reference=found.reference,
+        revision=found.revision,
+        architecture=architecture,
+        width=width,
+        layers=config.get_text_config().num_hidden_layers,
+        vocabulary=rows,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        embeddings_sha256=embeddings_sha256(weight),
+    )
+
+
+def _skeleton(reference: str, config: Any, *, trust_remote_code: bool) -> Any:
+    """The text model with its parameters on the meta device; buffers (Gemma's scale) are real."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in _auto_map(config):
+        maker = transformers.AutoModelForCausalLM
+    elif type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        maker = transformers.AutoModelForSeq2SeqLM
+    else:
+        raise ReferenceError_(f"{reference}: {config.model_type} is no language model with word embeddings")
+    with init_empty_weights(include_buffers=False):
+        return maker.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _table_names(skeleton: Any, layer: nn.Module) -> list[str]:
+    """The names a checkpoint may give the table: with and without the base model's prefix, alone or in a composite."""
+    full = next(f"{name}.weight" for name, module in skeleton.named_modules() if module is layer)
+    bare = full.removeprefix(f"{skeleton.base_model_prefix}.")
+    return [prefix + name for prefix in _COMPOSITE_PREFIXES for name in dict.fromkeys((full, bare))]
+
+
+# --- checks and names -------------------------------------------------------------------------
+
+
+def inputs_embeds_error(llm: LanguageModel, ids: Tensor | None = None) -> float:
+    """Largest difference between `model(ids)` and `model(inputs_embeds=embed(ids))`, over the logits' deviation."""
+    device = llm.model.get_input_embeddings().weight.device
+    if ids is None:
+        ids = _word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:16]
+    ids = ids.to(device)
+    with torch.no_grad():
+        expected = llm.model(input_ids=ids, use_cache=False).logits.float()
+        actual = llm.model(inputs_embeds=llm.embed(ids), use_cache=False).logits.float()
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def _verify_inputs_embeds(llm: LanguageModel) -> None:
+    error = inputs_embeds_error(llm)
+    if not error < 0.02:
+        raise TransferError(
+            f"{llm.reference}: {llm.fingerprint.architecture} treats inputs_embeds unlike ids (logits differ by "
+            f"{error:.3g} of their deviation), so visual prompts can't stand beside its words; use another LLM"
+        )
+
+
+def block_linears(model: Any) -> list[str]:
+    """Full names of the linear layers inside the decoder blocks, for peft's `target_modules`.
+
+    `Linear` and GPT-2's `Conv1D`; embeddings, `lm_head` and OPT's projections stand outside the blocks. Raises
+    TransferError where the blocks can't be told.
+    """
+    decoder = model.get_decoder()
+    layers = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if not stacks:
+        raise TransferError(f"{type(model).__name__}: found no list of {layers} decoder blocks")
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    # the outermost list: a block may itself hold as many experts as the model has blocks
+    home = ".".join(filter(None, (prefix, min(stacks, key=lambda name: name.count(".")))))
+    blocks = model.get_submodule(home)
+    return [f"{home}.{name}" for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
