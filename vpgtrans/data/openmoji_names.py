@@ -62,6 +62,11 @@ def _is_flag(characters: str) -> bool:
     return 0x1F1E6 <= first <= 0x1F1FF or first in (0x1F3F4, 0x1F3F3)
 
 
+def split_tones(caption: str) -> tuple[str, list[str]]:
+    """A caption without its skin tones, and the tones: ("woman pilot", ["dark"])."""
+    return _TONE.sub("", caption), _TONE.findall(caption)
+
+
 def parse_names(captions: dict[str, str]) -> dict[str, Name]:
     """Take every caption apart: {characters: caption} -> {characters: Name}.
 
@@ -80,8 +85,7 @@ def parse_names(captions: dict[str, str]) -> dict[str, Name]:
 
 
 def _parse(caption: str, characters: str, gendered: frozenset[str], coloured: frozenset[str]) -> Name:
-    tones = _TONE.findall(caption)
-    rest = _TONE.sub("", caption)
+    rest, tones = split_tones(caption)
     modifiers = {"tone" if i == 0 else f"tone-{i + 1}": tone for i, tone in enumerate(tones)}
 
     def name(base: str, group: str) -> Name:
