@@ -135,9 +135,7 @@ def check_splits(names: list[Name], placed: dict[str, tuple[str, str]]) -> None:
         else:
             assert split in ("train", "spare")
     for split in ("validation", "test"):
-        assert (
-            toned[split][True] <= toned[split][False] + 3
-        )  # a tiny world may be lopsided
+        assert toned[split][True] <= toned[split][False] + 3  # a tiny world may be lopsided
 
 
 def png(box: tuple[int, int, int, int], color: str) -> bytes:
