@@ -23,8 +23,6 @@ from vpgtrans.evaluation.metrics import (
 REFERENCE = json.loads((Path(__file__).parent / "data/cider_reference.json").read_text())
 vocabulary = ["a", "cat", "dog", "on", "the", "mat", "red", "skin-tone", "it's"]
 words = st.lists(st.sampled_from(vocabulary), min_size=1, max_size=8)
-    st.sampled_from(["a", "cat", "dog", "on", "the", "mat", "red", "skin-tone", "it's"]), min_size=1, max_size=8
-)
 texts = words.map(" ".join)
 samples = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=8)
 
