@@ -38,6 +38,9 @@ COMPOSITE = {
 }
 """Where composite checkpoints keep the vision model, by model_type, where its own class would not find it."""
 
+SIGLIP_POOLER = "head"
+"""SigLIP's module that pools the patches into one vector, which nothing here takes: it is never built."""
+
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Fields of a transformers config that say nothing about the architecture."""
 
@@ -187,7 +190,8 @@ class HuggingFaceEncoder(Encoder):
         whole = open_config(directory)
         if whole.model_type in COMPOSITE:
             tensors = CheckpointTensors(directory)
-            load_vision_model(self.model, tensors, prefixes=COMPOSITE[whole.model_type])
+            unused = (SIGLIP_POOLER,) if isinstance(self.model.config, SiglipVisionConfig) else ()
+            load_vision_model(self.model, tensors, prefixes=COMPOSITE[whole.model_type], unused=unused)
         else:
             loaded, report = type(self.model).from_pretrained(
                 directory,
@@ -243,7 +247,7 @@ def _vision_config(config: HuggingFaceEncoderConfig) -> PreTrainedConfig:
     else:
         raise RecipeError("encoder: needs a reference, or an architecture where a checkpoint carries the weights")
     if isinstance(vision, SiglipVisionConfig):
-        vision.vision_use_head = False  # pools the patches into one vector, which nothing here takes
+        vision.vision_use_head = False
     return vision
 
 

@@ -1,7 +1,8 @@
 """From an image file to pixels: opening anything a data set may hold, and the encoder's own resizing and scaling.
 
-The three fits agree with the image processors of `transformers` (BLIP, SigLIP and ViT squash; CLIP and LLaVA crop)
-to float32 rounding, without torchvision.
+`squash` (BLIP, SigLIP, ViT) and `crop` (CLIP, LLaVA) agree with the image processors of `transformers` to float32
+rounding, without torchvision. `pad` resizes before it pads, which is cheaper than padding first; beside the border
+pixels differ a little from processors that pad first.
 """
 
 import io

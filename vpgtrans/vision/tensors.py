@@ -66,14 +66,17 @@ class CheckpointTensors:
         return tensors
 
 
-def load_vision_model(model: nn.Module, tensors: CheckpointTensors, *, prefixes: Iterable[str]) -> None:
-    """Load a `transformers` vision model from below one of `prefixes`.
+def load_vision_model(
+    model: nn.Module, tensors: CheckpointTensors, *, prefixes: Iterable[str], unused: tuple[str, ...] = ()
+) -> None:
+    """Load a `transformers` vision model from below one of `prefixes`, without the submodules named in `unused`.
 
     Checkpoints of transformers 4 have a level `vision_model.` inside CLIP's and SigLIP's towers, those of later
     versions need not, and neither need the classes of the installed version: the level is set to what `model` has.
     """
     level = "vision_model."
     state = tensors.under([prefix + inner for prefix in prefixes for inner in (level, "")])
+    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in unused}
     expected = model.state_dict()
     if all(name.startswith(level) for name in expected):
         state = {level + name: tensor for name, tensor in state.items()}
