@@ -130,15 +130,19 @@ def resolve(reference: str) -> Resolved:
         return schemes[scheme](reference, rest)
     if not reference.strip():
         raise ReferenceError_(f"an empty reference; write one of: {_FORMS}")
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(os.path.expanduser(reference))
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise ReferenceError_(f"{reference!r} can't be a path ({error}); write one of: {_FORMS}") from error
+    if is_directory:
         kind, found = _classify(reference, path)
         return Resolved(reference, found, kind, None)
-    if path.is_file():
+    if is_file:
         return Resolved(reference, path, _file_kind(reference, path), None)
     if _REPO.fullmatch(reference) and not path.is_absolute():
         return _resolve_hub(reference, reference, tried=f"the local path {path.absolute()} (does not exist)")
-    if colon and re.fullmatch(r"[a-z]{2,}", scheme):
+    if colon and re.fullmatch(r"[a-z][a-z0-9]+", scheme):
         near = difflib.get_close_matches(scheme, schemes, n=1)
         hint = f" Did you mean {near[0]}:{rest}?" if near else ""
         raise ReferenceError_(f"{reference}: no reference begins with {scheme!r}:.{hint} Write one of: {_FORMS}")
