@@ -238,11 +238,21 @@ def explain(error: ValidationError, *, root: type[BaseModel], data: Any, where: 
     data: what was validated, as plain Python values.
     """
     problems: dict[Path, str] = {}
+    places: dict[Path, str] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":  # follows from another problem
+            continue
         path, message = _message(root, data, item)
-        problems.setdefault(path, message)
+        if path in problems:
+            continue
+        problems[path] = message
+        places[path] = locate(path, where, default=file)
+        if item["type"] == "value_error":
+            # values that don't fit together: an override among them is what the writer wants to hear of
+            inside = [place for key, place in where.items() if key[: len(path)] == path]
+            places[path] = next((place for place in inside if place.startswith("override ")), places[path])
     lines = []
     for path, message in problems.items():
         name = dotted(path[:-1] if message.startswith("unknown key") else path)
-        lines.append(f"{locate(path, where, default=file)}: {name + ': ' if name else ''}{message}")
+        lines.append(f"{places[path]}: {name + ': ' if name else ''}{message}")
     return lines

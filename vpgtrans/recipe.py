@@ -89,18 +89,35 @@ class Budget(Config):
         return self
 
 
+def _trained(stage: Mapping[str, Any]) -> set[str]:
+    """The parts that a stage, as far as it is validated, trains."""
+    return {part for part, mode in stage.get("trainable", {}).items() if mode != "frozen"}
+
+
+def _projector_only(stage: Mapping[str, Any]) -> bool:
+    return _trained(stage) == {"projector"}
+
+
 class Stage(Config):
     """One stretch of training: what trains, how fast, for how long."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
     trainable: dict[Part, Mode]
     """Part -> frozen, full or lora; a part that is not named is frozen."""
-    lr: Annotated[Annotated[Rate, Tag("plain")] | Annotated[dict[Part, Rate], Tag("parts")], Discriminator(_shape)]
+    lr: Annotated[Annotated[Rate, Tag("plain")] | Annotated[dict[Part, Rate], Tag("parts")], Discriminator(_shape)] = (
+        Field(default_factory=lambda stage: NORMAL_RATE * (WARMUP_FACTOR if _projector_only(stage) else 1))
+    )
     """One rate, or a rate for each part that trains. Default: 1e-4; 5e-4 where only the projector trains."""
-    lr_schedule: Literal["constant", "cosine"]
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        default_factory=lambda stage: "constant" if _projector_only(stage) else "cosine"
+    )
     """Default: cosine; constant where only the projector trains."""
     warmup_fraction: Share = 0.02
     """Share of the stage over which the rate rises from zero."""
+    losses: dict[Literal["caption", "words"], Annotated[float, Field(gt=0)]] = Field(
+        default={"caption": 1.0}, min_length=1
+    )
+    """Loss -> weight. caption: the LLM's loss on the answer. words: prompts are to lie on the caption's words."""
     weight_decay: NonNegativeFloat = 0.05
     budget: Budget
     batch_size: PositiveInt = 16
@@ -112,29 +129,10 @@ class Stage(Config):
     lora: LoRAConfig = LoRAConfig()
     cache_features: Literal["auto"] | bool = "auto"
     """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen, not augmented and reused."""
-    augment: bool
+    augment: bool = Field(default_factory=lambda stage: bool(_trained(stage) & {"encoder", "connector"}))
     """Default: true where encoder or connector train (and `data.augment` allows it)."""
     validate_every: PositiveInt | None = None
     """Samples between validations; None: ten times in the stage."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, data: Any) -> Any:
-        """The defaults that depend on what trains."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("trainable"), Mapping):
-            # the missing or malformed `trainable` is reported; these three must not be reported with it
-            trains: set[str] = set()
-            if not isinstance(data, Mapping):
-                return data
-        else:
-            trains = {str(part) for part, mode in data["trainable"].items() if mode != "frozen"}
-        projector_only = trains == {"projector"}
-        defaults = {
-            "lr": NORMAL_RATE * (WARMUP_FACTOR if projector_only else 1),
-            "lr_schedule": "constant" if projector_only else "cosine",
-            "augment": bool(trains & {"encoder", "connector"}),
-        }
-        return defaults | dict(data)
 
     @field_validator("trainable")
     @classmethod
