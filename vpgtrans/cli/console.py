@@ -52,7 +52,6 @@ def _log_to_stderr(level: Level) -> None:
         console=Console(stderr=True), show_path=False, show_time=False, show_level=level == "verbose", markup=False
     )
     logger.addHandler(handler)
-    logger.propagate = False
 
 
 @contextmanager

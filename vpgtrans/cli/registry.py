@@ -1,12 +1,15 @@
 """`vpgtrans registry`: what the checkpoint registry holds."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.options import Examples, json_option
+
+if TYPE_CHECKING:
+    from vpgtrans.registry.index import Registry
 
 file_option = click.option(
     "--file",
@@ -17,7 +20,7 @@ file_option = click.option(
 )
 
 
-@click.group(name="registry")
+@click.group(name="registry", short_help="Look into the checkpoint registry.")
 def command() -> None:
     """Look into the checkpoint registry."""
 
@@ -27,33 +30,42 @@ def command() -> None:
 @json_option
 def list_entries(*, index: Path | None, as_json: bool) -> None:
     """List the entries."""
-    entries = [{"name": name, **_plain(entry)} for name, entry in _load(index).entries.items()]
+    entries = [entry.model_dump(mode="json") for entry in _load(index)]
     if as_json:
         console.print_json(entries)
         return
-    brief = [{k: v for k, v in entry.items() if not isinstance(v, dict | list)} for entry in entries]
-    console.print_rows(brief, title="checkpoints")
+    console.print_rows(
+        [
+            {
+                "id": entry["id"],
+                "version": entry["version"],
+                "kind": entry["kind"],
+                "LLM": entry["llm"]["reference"],
+                "visual tokens": entry["interface"]["visual_tokens"],
+                "MB": round(sum(file["size"] for file in entry["files"]) / 1e6, 1),
+                "licence": entry["licence"],
+                "status": entry["status"],
+            }
+            for entry in entries
+        ],
+        title="checkpoints",
+    )
 
 
 @command.command(name="show", cls=Examples, epilog="vpgtrans registry show openmoji-qformer-smollm2-135m")
-@click.argument("name")
+@click.argument("name", metavar="NAME[@VERSION]")
 @file_option
 @json_option
 def show_entry(name: str, *, index: Path | None, as_json: bool) -> None:
     """Show one entry, its files and their hashes."""
-    entry = {"name": name, **_plain(_load(index).entry(name))}
+    entry = _load(index).entry(name).model_dump(mode="json")
     if as_json:
         console.print_json(entry)
     else:
         console.print_pairs(entry)
 
 
-def _load(index: Path | None) -> Any:
+def _load(index: Path | None) -> "Registry":
     with console.loading():
         from vpgtrans.registry.index import load_registry
     return load_registry(index)
-
-
-def _plain(entry: Any) -> dict[str, Any]:
-    """An entry as plain data, without what it doesn't say."""
-    return {key: value for key, value in entry.model_dump(mode="json").items() if key != "name" and value is not None}
