@@ -41,6 +41,7 @@ CHECKPOINTS = {
     "llava-llama": lambda path: tiny_llava(path),
     "llava-qwen2-full": lambda path: tiny_llava(path, llm="qwen2", layer=-1, strategy="full"),
     "llava-siglip-no-bias": lambda path: tiny_llava(path, vision=SIGLIP, strategy="full", bias=False),
+    "llava-siglip-last-layer": lambda path: tiny_llava(path, vision=SIGLIP, layer=-1, strategy="full"),
     "llava-sharded": lambda path: tiny_llava(path, max_shard_size="20KB"),
 }
 

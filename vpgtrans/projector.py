@@ -56,9 +56,7 @@ class Projector(nn.Module):
         self.config = config.model_copy(update={"hidden": _hidden_width(config, self.norm_width)})
         depth = config.depth if config.kind == "mlp" else 1
         widths = [width_in, *[self.config.hidden or 0] * (depth - 1), self.norm_width]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after, bias=config.bias) for before, after in pairwise(widths)
-        )
+        self.layers = nn.ModuleList(nn.Linear(before, after, bias=config.bias) for before, after in pairwise(widths))
         if config.activation not in ACT2FN:
             raise RecipeError(f"projector.activation: {config.activation!r} is not one of {', '.join(sorted(ACT2FN))}")
         self.activation: nn.Module = ACT2FN[config.activation]
