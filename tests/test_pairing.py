@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import SENTENCES, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiny import SENTENCES, tiny_tokenizer
 from vpgtrans.errors import TransferError
 from vpgtrans.transfer.pairing import (
     TokenPairs,

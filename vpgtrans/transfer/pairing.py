@@ -102,8 +102,8 @@ def pair_tokens(source: Words, target: Words, *, minimum: int = MINIMUM_PAIRS) -
     words = sum(len(text) > 1 for _, _, text in shared)
     if words < minimum:
         raise TransferError(
-            f"the two LLMs share {words} tokens of more than a byte (of {len(source_of)} in the source's vocabulary and "
-            f"{len(target_of)} in the target's); a word converter needs at least {minimum}: take two LLMs whose "
+            f"the two LLMs share {words} tokens of more than a byte (of {len(source_of)} in the source's vocabulary "
+            f"and {len(target_of)} in the target's); a word converter needs at least {minimum}: take two LLMs whose "
             "tokenizers cover the same language, or initialiser: inherit, which needs none"
         )
     pairs = TokenPairs(
@@ -145,11 +145,7 @@ def same_table(a: Words, b: Words, *, tolerance: float = 0.1) -> bool:
 def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     """id -> bytes in running text, for every ordinary token (special, added and placeholder ones are left out)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary: dict[str, int]
-    if backend is not None:
-        vocabulary = backend.get_vocab(with_added_tokens=False)
-    else:
-        vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab() if backend is None else backend.get_vocab(with_added_tokens=False)
     added = {int(i) for i in getattr(tokenizer, "added_tokens_decoder", {})} | set(tokenizer.all_special_ids)
     decode = _DECODERS[tokenizer_kind(tokenizer)]
     result: dict[int, bytes] = {}
