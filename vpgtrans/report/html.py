@@ -1,0 +1,92 @@
+"""What both pages share: tables as data, the template environment, and writing the file."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vpgtrans.errors import OutputError
+from vpgtrans.report.format import NOTHING
+from vpgtrans.report.style import css_variables
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""The page's content security policy: the browser itself refuses any request."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column's head: plain words, and the field's term in small below."""
+
+    text: str
+    term: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: the figure, a smaller line below, and a mark in words (`chosen`)."""
+
+    text: str
+    below: str = ""
+    mark: str = ""
+
+
+@dataclass
+class Table:
+    """A table with one row head a row; `cards` turns rows into cards on a phone, for many columns."""
+
+    caption: str
+    heads: list[Head]
+    rows: list[list[Cell]] = field(default_factory=list)
+    emphasised: set[int] = field(default_factory=set)
+    """Indices of rows that stand out (each says why in a mark, not by colour alone)."""
+    total: bool = False
+    """The last row sums up the others."""
+    cards: bool = False
+    dense: bool = False
+    """Smaller type and padding, for many columns."""
+
+    def add(self, *cells: str | Cell, emphasised: bool = False) -> None:
+        if emphasised:
+            self.emphasised.add(len(self.rows))
+        self.rows.append([Cell(cell) if isinstance(cell, str) else cell for cell in cells])
+
+
+def sentence(parts: Sequence[str], *, last: str = "and") -> str:
+    """`a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {last} {parts[-1]}" if parts else ""
+
+
+def write_page(run: Path, template: str, **values: Any) -> Path:
+    """Render `template` into `run/report.html`, whole or not at all.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vpgtrans.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["nothing"] = NOTHING
+    style = Path(__file__).with_name("templates").joinpath("style.css").read_text(encoding="utf-8")
+    page = environment.get_template(template).render(
+        style=Markup(style),
+        light=css_variables("light"),
+        dark=css_variables("dark"),
+        policy=POLICY,
+        **values,
+    )
+    target, partial = run / "report.html", run / ".report.html.partial"
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: can't write the report ({error})") from error
+    return target

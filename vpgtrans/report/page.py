@@ -1,0 +1,373 @@
+"""The page of one run: what moved where, what it cost, how it went, and what it says about held-out images."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vpgtrans.report import format as fmt
+from vpgtrans.report.curves import RunCurves, run_curves
+from vpgtrans.report.html import Cell, Head, Table, sentence, write_page
+from vpgtrans.report.plots import run_chart
+from vpgtrans.report.read import RunFiles, image_uri, read_run
+
+_LONGEST_CAPTION = 160
+"""Characters shown of one caption; an untrained model can babble for pages."""
+
+_PROBE_HEADS = [
+    Head("Start", numeric=False),
+    Head("Shared tokens", "pairs, coverage"),
+    Head("Direction match", "centred cosine"),
+    Head("Words found again", "recall@1"),
+    Head("Length against words", "norm ratio"),
+    Head("Words still readable", "copy gap recovered"),
+    Head("Caption loss, untrained", "step-0 loss"),
+    Head("What the image adds", "image gap, interval"),
+    Head("Prompt length", "prompt-norm ratio"),
+    Head("Cost", "time, memory"),
+]
+
+_COLUMN_NOTES = [
+    ("Shared tokens", "tokens that both LLMs have byte for byte, and the share of the target's vocabulary they cover."),
+    ("Direction match", "how well converted words point at the target's own, means removed; 1 is perfect."),
+    ("Words found again", "share of held-out words whose nearest neighbour after conversion is the right one."),
+    ("Length against words", "length of converted words over that of the target's words; 1 is right."),
+    (
+        "Words still readable",
+        "the target LLM copies text from converted words: 100 %: as well as from its own; 0 %: as from their mean.",
+    ),
+    ("Caption loss, untrained", "loss on held-out captions before any training, nats a token; lower is better."),
+    (
+        "What the image adds",
+        "that loss with shuffled images minus the loss with the right ones; where the interval holds zero, "
+        "the images carry no usable signal yet.",
+    ),
+    ("Prompt length", "length of visual prompts over that of the target's words."),
+]
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` from the files in `run` and return its path.
+
+    Only summary.json must be there; a section whose file is missing says so.
+
+    Raises:
+        DataError: no run, no summary.json, or a malformed file.
+        OutputError: the page can't be written.
+    """
+    files = read_run(run)
+    curves = run_curves(files.metrics or [])
+    samples = [_sample(files, sample) for sample in files.samples or []]
+    return write_page(
+        run,
+        "report.html.jinja",
+        kind="A run of vpgtrans",
+        title=f"{_moved(files)} · vpgtrans",
+        headline=headline(files, curves),
+        lead=[line for line in (_captions_line(samples), *best_notes(files.summary, curves)[:1]) if line],
+        key_figures=_key_figures(files.summary),
+        version=(files.environment or {}).get("vpgtrans", ""),
+        bill=_bill(files.summary),
+        skipped=[(str(row.get("id", "?")), fmt.plain(row.get("reason") or row.get("error"))) for row in files.skipped]
+        if files.skipped
+        else [],
+        skipped_line=f"Unreadable images, skipped and counted in no figure: {fmt.count(len(files.skipped or []))}.",
+        **_curve_values(files, curves),
+        **_initialiser_values(files),
+        samples=samples,
+        samples_line=_captions_line(samples),
+        trainable=_trainable(files.trainable or []),
+        recipe=files.recipe,
+        environment=[(key, fmt.plain(value)) for key, value in fmt.flatten(files.environment or {})],
+        lineage=[(key.replace("_", " "), fmt.plain(value)) for key, value in fmt.flatten(files.lineage or {})],
+    )
+
+
+# --- the head -----------------------------------------------------------------------------------
+
+
+def _moved(files: RunFiles) -> str:
+    lineage = files.lineage or {}
+    vpg, source, target = (fmt.name(lineage.get(key)) for key in ("source_vpg", "source_llm", "target_llm"))
+    if not target:
+        return "This run"
+    if not (vpg or source):
+        return f"A new VPG, trained with {target}"
+    return f"Moved {vpg or 'the VPG'}{f' from {source}' if source else ''} to {target}"
+
+
+def headline(files: RunFiles, curves: RunCurves) -> str:
+    """One sentence: what moved where, and what came out."""
+    summary = files.summary
+    first = curves.validation[0] if curves.validation and curves.validation[0][0] == 0 else None
+    outcome = f"validation loss {fmt.decimal(summary.get('val_loss'))}"
+    if first:
+        outcome += f", down from {fmt.decimal(first[1])}" if _below(summary.get("val_loss"), first[1]) else ""
+    bill = []
+    samples = _samples_seen(summary)
+    if samples is not None:
+        bill.append(f"{fmt.count(samples)} samples")
+    if fmt.is_number(summary.get("seconds")):
+        bill.append(fmt.duration(summary["seconds"]))
+    return f"{_moved(files)}: {outcome}" + (f", after {sentence(bill)}." if bill else ".")
+
+
+def _below(value: Any, other: float) -> bool:
+    return fmt.is_number(value) and value < other
+
+
+def _stages(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return [stage for stage in summary.get("stages") or [] if isinstance(stage, dict)]
+
+
+def _samples_seen(summary: dict[str, Any]) -> int | None:
+    samples = [stage["samples"] for stage in _stages(summary) if fmt.is_number(stage.get("samples"))]
+    return sum(samples) if samples else None
+
+
+def _key_figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("validation loss, nats a token", fmt.decimal(summary.get("val_loss"))),
+        ("samples seen", fmt.count(_samples_seen(summary))),
+        ("in all", fmt.duration(summary.get("seconds"))),
+        ("peak memory", fmt.size(summary.get("peak_memory_bytes"))),
+    ]
+    for key, value in fmt.flatten(summary.get("metrics") or {}):
+        if isinstance(value, bool | str) or value is None or key.rpartition(".")[2] == "val_loss":
+            continue
+        shown = fmt.percent(value) if key.rpartition(".")[2] in ("exact_match", "token_f1") else fmt.plain(value)
+        shown = fmt.decimal(value) if isinstance(value, float) and not shown.endswith("%") else shown
+        rows.append((_METRIC_NAMES.get(key, key.replace("_", " ").replace(".", ", ")), shown))
+    return [row for row in rows if row[1] != fmt.NOTHING]
+
+
+_METRIC_NAMES = {"exact_match": "captions exactly right", "token_f1": "words right (token F1)", "cider": "CIDEr"}
+
+
+def best_notes(summary: dict[str, Any], curves: RunCurves) -> list[str]:
+    """Sentences that say when training on made things worse, and which checkpoint the result is."""
+    best = curves.best
+    if best is None:
+        return []
+    last = curves.validation[-1]
+    if last[1] <= best[1]:
+        return []
+    if best[0] == 0:
+        text = f"Training made the validation loss worse: it was best, {fmt.decimal(best[1])}, before the first update"
+    else:
+        text = f"Validation loss was best, {fmt.decimal(best[1])}, at {fmt.count(best[0])} samples"
+    text += f"; training on to {fmt.count(last[0])} samples raised it to {fmt.decimal(last[1])}."
+    final = summary.get("val_loss")
+    if fmt.is_number(final):
+        kept = abs(final - best[1]) <= 1e-3 * abs(best[1])
+        text += " The result is that best checkpoint." if kept else f" The result's own is {fmt.decimal(final)}."
+    return [text]
+
+
+# --- the bill -----------------------------------------------------------------------------------
+
+
+def _bill(summary: dict[str, Any]) -> Table:
+    table = Table(
+        "Samples, time and memory by stage",
+        [
+            Head("Stage", numeric=False),
+            Head("Updates"),
+            Head("Samples"),
+            Head("Time"),
+            Head("Peak memory"),
+            Head("Validation loss", "nats a token"),
+        ],
+        total=True,
+        cards=True,
+    )
+    paid = 0.0
+    converter = summary.get("converter")
+    if isinstance(converter, dict):
+        shared = converter.get("shared_tokens")
+        table.add(
+            Cell("word converter", below=f"{fmt.count(shared)} shared tokens" if shared is not None else ""),
+            fmt.NOTHING,
+            "0",
+            fmt.duration(converter.get("seconds")),
+            fmt.size(_memory(converter)),
+            fmt.NOTHING,
+        )
+        paid += converter["seconds"] if fmt.is_number(converter.get("seconds")) else 0.0
+    for stage in _stages(summary):
+        table.add(
+            str(stage.get("name", "?")),
+            fmt.count(stage.get("updates")),
+            fmt.count(stage.get("samples")),
+            fmt.duration(stage.get("seconds")),
+            fmt.size(_memory(stage)),
+            fmt.decimal(stage.get("val_loss")),
+        )
+        paid += stage["seconds"] if fmt.is_number(stage.get("seconds")) else 0.0
+    total = summary.get("seconds")
+    if fmt.is_number(total) and total - paid >= 0.05:
+        table.add(
+            Cell("everything else", below="loading, scoring starts, evaluation"),
+            fmt.NOTHING,
+            fmt.NOTHING,
+            fmt.duration(total - paid),
+            fmt.NOTHING,
+            fmt.NOTHING,
+        )
+    updates = [stage["updates"] for stage in _stages(summary) if fmt.is_number(stage.get("updates"))]
+    table.add(
+        "in all",
+        fmt.count(sum(updates) if updates else None),
+        fmt.count(_samples_seen(summary)),
+        fmt.duration(total),
+        fmt.size(summary.get("peak_memory_bytes")),
+        fmt.decimal(summary.get("val_loss")),
+    )
+    return table
+
+
+def _memory(row: dict[str, Any]) -> Any:
+    return row.get("peak_memory_bytes", row.get("memory_bytes"))
+
+
+# --- sections -----------------------------------------------------------------------------------
+
+
+def _curve_values(files: RunFiles, curves: RunCurves) -> dict[str, Any]:
+    validations = Table("Validation loss by samples seen", [Head("Samples", numeric=False), Head("Validation loss")])
+    best = curves.best
+    for point in curves.validation:
+        validations.add(
+            fmt.count(point[0]),
+            Cell(fmt.decimal(point[1]), mark="best" if point == best else ""),
+            emphasised=point == best,
+        )
+    values: dict[str, Any] = {"chart": None, "chart_absent": "", "curve_notes": [], "validations": validations}
+    if not (curves.train or curves.validation):
+        values["chart_absent"] = (
+            "No curves: the run directory holds no metrics.jsonl."
+            if files.metrics is None
+            else "No curves: metrics.jsonl holds no loss."
+        )
+        return values
+    notes = best_notes(files.summary, curves)
+    if best and not notes:
+        notes = [f"Validation loss was best at the end: {fmt.decimal(best[1])} at {fmt.count(best[0])} samples."]
+    stages = [f"{name} from {fmt.count(start)} to {fmt.count(stop)}" for name, start, stop in curves.stages]
+    description = f"Loss against samples seen; stages: {sentence(stages)}. {' '.join(notes)}"
+    if curves.train:
+        description += (
+            f" Training loss went from {fmt.decimal(curves.train[0][1])} to {fmt.decimal(curves.train[-1][1])}."
+        )
+    values["chart"] = run_chart(
+        curves, prefix="run", title="Training and validation loss, and learning rate", description=description
+    )
+    values["curve_notes"] = notes
+    return values
+
+
+def _initialiser_values(files: RunFiles) -> dict[str, Any]:
+    rows = files.initialisers
+    chosen = next((row for row in rows or [] if row.get("chosen")), None)
+    taken = files.summary.get("initialiser")
+    name = chosen.get("name") if chosen else taken.get("kind") if isinstance(taken, dict) else taken
+    notes = [f"Taken: {name}." + (f" {chosen['note']}" if chosen and chosen.get("note") else "")] if name else []
+    low, high = (chosen.get(f"image_gap_{end}") if chosen else None for end in ("low", "high"))
+    if fmt.is_number(low) and fmt.is_number(high) and low <= 0 <= high:
+        notes.append("Its image gap can't be told from zero: before training, no usable signal, so warm-up was needed.")
+    table = None
+    if rows:
+        table = Table("Every start scored without training", _PROBE_HEADS, cards=True, dense=True)
+        for row in rows:
+            _add_probe_row(table, row)
+    return {"initialisers": table, "initialiser_notes": notes, "column_notes": _COLUMN_NOTES}
+
+
+def _add_probe_row(table: Table, row: dict[str, Any]) -> None:
+    chosen = bool(row.get("chosen"))
+    low, high = row.get("image_gap_low"), row.get("image_gap_high")
+    coverage = row.get("coverage")
+    memory = row.get("memory_bytes")
+    table.add(
+        Cell(
+            str(row.get("name", "?")),
+            below="" if chosen else str(row.get("note") or ""),
+            mark="chosen" if chosen else "",
+        ),
+        Cell(fmt.count(row.get("pairs")), below=fmt.percent(coverage) if coverage is not None else ""),
+        fmt.decimal(row.get("centred_cosine")),
+        fmt.percent(row.get("recall_at_1")),
+        fmt.decimal(row.get("norm_ratio"), 2),
+        fmt.percent(row.get("copy_gap_recovered")),
+        fmt.decimal(row.get("step0_loss")),
+        Cell(
+            fmt.decimal(row.get("image_gap")),
+            below=f"[{fmt.decimal(low)}, {fmt.decimal(high)}]" if fmt.is_number(low) and fmt.is_number(high) else "",
+        ),
+        fmt.decimal(row.get("prompt_norm_ratio"), 2),
+        Cell(fmt.duration(row.get("seconds")), below=fmt.size(memory) if memory is not None else ""),
+        emphasised=chosen,
+    )
+
+
+def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
+    """One table a stage: part, mode, parameters, learning rate."""
+    tables = []
+    for stage in dict.fromkeys(str(row.get("stage", "")) for row in rows):
+        parts = [row for row in rows if str(row.get("stage", "")) == stage]
+        trained = [
+            row["parameters"] for row in parts if row.get("mode") != "frozen" and fmt.is_number(row.get("parameters"))
+        ]
+        table = Table(
+            f"{stage}: {fmt.count(sum(trained))} parameters trained",
+            [Head("Part", numeric=False), Head("Mode", numeric=False), Head("Parameters"), Head("Learning rate")],
+        )
+        for row in parts:
+            mode = str(row.get("mode", ""))
+            rate = fmt.learning_rate(row.get("lr")) if mode != "frozen" else fmt.NOTHING
+            table.add(str(row.get("part", "")), mode, fmt.count(row.get("parameters")), rate)
+        tables.append(table)
+    return tables
+
+
+# --- held-out images ----------------------------------------------------------------------------
+
+
+def same_words(caption: Any, reference: str) -> bool:
+    """True where both hold the same words in the same order, case and punctuation aside."""
+    words = re.findall(r"\w+", str(caption or "").casefold())
+    return bool(words) and words == re.findall(r"\w+", reference.casefold())
+
+
+def _sample(files: RunFiles, sample: dict[str, Any]) -> dict[str, Any]:
+    given = sample.get("reference")
+    references = [str(text) for text in given] if isinstance(given, list) else [str(given or "")]
+    captions = []
+    for key, label in (("before", "Before training"), ("after", "After training")):
+        if sample.get(key) is None:
+            continue
+        right = any(same_words(sample[key], reference) for reference in references)
+        captions.append((label, _shorten(str(sample[key])), right))
+    return {
+        "id": str(sample.get("id", "")),
+        "image": image_uri(files.path, sample.get("image")),
+        "reference": " / ".join(references),
+        "captions": captions,
+    }
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    if not text:
+        return "(nothing)"
+    over = len(text) - _LONGEST_CAPTION
+    return text if over <= 0 else f"{text[:_LONGEST_CAPTION]}… (and {fmt.count(over)} characters more)"
+
+
+def _captions_line(samples: list[dict[str, Any]]) -> str:
+    """How many of the shown captions are right, before and after."""
+    parts = []
+    for label in ("Before training", "After training"):
+        verdicts = [right for sample in samples for name, _, right in sample["captions"] if name == label]
+        if verdicts:
+            parts.append(f"{sum(verdicts) or 'none'} of {len(verdicts)} {label.lower()}")
+    return f"Of the held-out images shown here, described exactly right: {sentence(parts)}." if parts else ""
