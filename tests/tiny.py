@@ -153,6 +153,24 @@ _FAMILIES: dict[str, tuple[Callable[[int, int], transformers.PretrainedConfig], 
     "granite": (lambda d, v: _decoder(transformers.GraniteConfig, d, v, embedding_multiplier=12.0), "bytes", False),
 }
 FAMILIES = tuple(_FAMILIES)
+"""One of each kind; `falcon-h1` (the model scales ids' embeddings outside the layer) is slow and stands apart."""
+
+
+def _falcon_h1(width: int, vocabulary: int) -> transformers.FalconH1Config:
+    return _decoder(
+        transformers.FalconH1Config,
+        width,
+        vocabulary,
+        mamba_d_ssm=width,
+        mamba_n_heads=4,
+        mamba_d_head=width // 4,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        embedding_multiplier=5.0,
+    )
+
+
+_FAMILIES["falcon-h1"] = (_falcon_h1, "bytes", False)
 
 
 def tiny_config(family: str, *, width: int = 32, vocabulary: int = 512) -> transformers.PretrainedConfig:
@@ -183,3 +201,54 @@ def tiny_llm(
     tokenizer = tiny_tokenizer(style, vocabulary=vocabulary - 12, add_bos=add_bos, sentences=sentences)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def tiny_gguf(path: str | Path, *, width: int = 32, vocabulary: int = 512, seed: int = 0) -> Path:
+    """Write a two-block Llama as a GGUF file: Q8_0 tables and matrices, byte-level tokenizer."""
+    import gguf
+    import numpy as np
+
+    tokenizer = tiny_tokenizer("bytes", vocabulary=vocabulary)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if i < 4 else gguf.TokenType.NORMAL for i in range(len(tokens))])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    random = np.random.default_rng(seed)
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    for block in (f"blk.{i}" for i in range(2)):
+        shapes |= {f"{block}.{name}": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"{block}.{name}": (2 * width, width) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"{block}.ffn_down": (width, 2 * width)}
+        shapes |= {f"{block}.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
+    for name, shape in shapes.items():
+        values = random.normal(0, 0.1, shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values + 1)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)

@@ -6,8 +6,10 @@ transformers, whose conversion made it.
 """
 
 import copy
+import json
 import logging
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 _LAYOUT = 1
 """Part of the cache's key: raise it when what is written below changes."""
+
+_UNREADABLE = (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error)
+"""What transformers and gguf raise for a file that is cut off, or of an architecture they don't know."""
 
 
 def _home(gguf: Path) -> Path:
@@ -50,7 +55,7 @@ def open_config(gguf: Path) -> transformers.PretrainedConfig:
     """
     try:
         config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, OSError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ReferenceError_(f"{gguf}: transformers can't open this GGUF file: {error}") from error
     return _without_quantisation(config)
 
@@ -66,14 +71,21 @@ def _write_tokenizer(gguf: Path, directory: Path) -> None:
     start = time.perf_counter()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, OSError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ReferenceError_(f"{gguf}: transformers can't build its tokenizer: {error}") from error
     tokenizer.save_pretrained(directory)
+    # transformers' base class may add its own default specials, as ids past the end of the embedding table
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = open_config(gguf).get_text_config().vocab_size
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocabulary]
+    # without indentation: a third of the size, and each opening parses it several times
+    text = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     log.info("%s: tokenizer converted in %.1f s", gguf.name, time.perf_counter() - start)
 
 
 def _write_model(gguf: Path, directory: Path) -> None:
-    log.info("%s: de-quantising once into %s (a minute or so)", gguf.name, directory.parent)
+    log.info("%s: de-quantising once into %s (a minute or so)", gguf.name, _home(gguf) / "model")
     start = time.perf_counter()
     try:
         quantised = transformers.AutoModelForCausalLM.from_pretrained(
@@ -83,7 +95,7 @@ def _write_model(gguf: Path, directory: Path) -> None:
             # without this a machine that has the matching kernels would keep the blocks packed
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
-    except (ValueError, OSError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ReferenceError_(f"{gguf}: transformers can't open this GGUF file: {error}") from error
     with torch.device("meta"):
         plain = transformers.AutoModelForCausalLM.from_config(_without_quantisation(quantised.config))
@@ -102,7 +114,10 @@ def read_token_embeddings(gguf: Path) -> torch.Tensor:
     import gguf as reader
     from gguf.quants import dequantize
 
-    tensors = [tensor for tensor in reader.GGUFReader(gguf).tensors if tensor.name == "token_embd.weight"]
+    try:
+        tensors = [tensor for tensor in reader.GGUFReader(gguf).tensors if tensor.name == "token_embd.weight"]
+    except _UNREADABLE as error:
+        raise IntegrityError(f"{gguf}: damaged: {error}") from error
     if not tensors:
         raise IntegrityError(f"{gguf}: the file has no tensor token_embd.weight")
     values = dequantize(tensors[0].data, tensors[0].tensor_type)

@@ -33,9 +33,7 @@ log = logging.getLogger(__name__)
 _SCALE_OUTSIDE_LAYER = {"falcon_h1": "embedding_multiplier"}
 """model_type -> config field: the model multiplies the layer's output by it, but not `inputs_embeds`."""
 
-_VERIFIED = frozenset(
-    {"opt", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "granite", "falcon_h1"}
-)
+_VERIFIED = frozenset({"opt", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "granite"})
 """model_types whose `model(ids) == model(inputs_embeds=embed(ids))` has a test; others are checked when opened."""
 
 _COMPOSITE_PREFIXES = ("", "language_model.", "model.language_model.", "text_model.", "model.text_model.")
@@ -238,12 +236,25 @@ def read_embeddings(reference: str, *, trust_remote_code: bool = False) -> WordE
             f"{reference}: the embedding table is {list(weight.shape)}, its config says {list(layer.weight.shape)}"
         )
     fingerprint = _fingerprint(found, type(skeleton).__name__, config, tokenizer, weight)
+    return WordEmbeddings(_looked_up(layer, weight, config), tokenizer, reference, fingerprint)
+
+
+def embeddings_of(llm: LanguageModel, *, trust_remote_code: bool = False) -> WordEmbeddings:
+    """What `read_embeddings` gives, from an LLM that is open already (its tokenizer is shared, not copied)."""
+    config = llm.model.config.get_text_config()
+    layer = _skeleton(llm.reference, config, trust_remote_code=trust_remote_code).get_input_embeddings()
+    weight = llm.model.get_input_embeddings().weight.detach().cpu()
+    return WordEmbeddings(_looked_up(layer, weight, config), llm.tokenizer, llm.reference, llm.fingerprint)
+
+
+def _looked_up(layer: nn.Module, weight: Tensor, config: Any) -> Tensor:
+    """Every row through the layer: weight [V, d] -> float32 [V, d]."""
     layer.weight = nn.Parameter(weight.float(), requires_grad=False)
     matrix = torch.empty(weight.shape)
     for start in range(0, len(matrix), 16384):
         ids = torch.arange(start, min(start + 16384, len(matrix)))
         matrix[ids] = _embed(layer, ids, config)
-    return WordEmbeddings(matrix, tokenizer, reference, fingerprint)
+    return matrix
 
 
 def _resolve_llm(reference: str) -> Resolved:
@@ -321,7 +332,8 @@ def _skeleton(reference: str, config: Any, *, trust_remote_code: bool) -> Any:
     else:
         raise ReferenceError_(f"{reference}: {config.model_type} is no language model with word embeddings")
     with init_empty_weights(include_buffers=False):
-        return maker.from_config(config, trust_remote_code=trust_remote_code)
+        # float32, or the buffers would take the checkpoint's dtype and round the scale
+        return maker.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def _table_names(skeleton: Any, layer: nn.Module) -> list[str]:
