@@ -103,6 +103,7 @@ def fit(
     *,
     weights: Tensor | None = None,
     anchors: Tensor | None = None,
+    found: Moments | None = None,
 ) -> AffineConverter:
     """Fit `config.fit` on pairs X [n, d_source] -> Y [n, d_target].
 
@@ -113,6 +114,7 @@ def fit(
     Args:
         weights: relative weight of each pair [n], for the closed forms.
         anchors: inputs [m, d_source] on which sparse codes are distilled (source visual prompts); words if None.
+        found: moments of the same pairs, where another fit needed them already.
 
     Raises:
         TransferError: X and Y differ in length, hold too few pairs, or hold values that aren't finite.
@@ -128,7 +130,7 @@ def fit(
         index = torch.arange(cap)
         source, target = source.take(index), target.take(index)
         weights = None if weights is None else weights[:cap]
-    found = moments(source, target, weights=weights)
+    found = moments(source, target, weights=weights) if found is None else found
     if not (torch.isfinite(found.G).all() and torch.isfinite(found.H).all()):
         raise TransferError("the embedding tables hold values that are not finite")
     if config.fit == "sgd":
