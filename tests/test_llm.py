@@ -31,7 +31,9 @@ def test_embeddings_read_alone_equal_the_loaded_models(family):
     assert read.fingerprint == opened.fingerprint
     assert read.word_rms == pytest.approx(opened.word_rms, rel=1e-6)
     assert opened.width == read.matrix.shape[1] == 32
+    before = opened.model.get_input_embeddings().weight.clone()
     assert torch.equal(llms.embeddings_of(opened).matrix, read.matrix)
+    assert torch.equal(opened.model.get_input_embeddings().weight, before)
     assert json.loads(json.dumps(read.fingerprint.to_json())) == read.fingerprint.to_json()
 
 

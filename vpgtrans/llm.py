@@ -249,8 +249,9 @@ def embeddings_of(llm: LanguageModel, *, trust_remote_code: bool = False) -> Wor
 
 def _looked_up(layer: nn.Module, weight: Tensor, config: Any) -> Tensor:
     """Every row through the layer: weight [V, d] -> float32 [V, d]."""
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    matrix = torch.empty(weight.shape)
+    # a copy, then in place: every row depends on itself alone, and a table may take gigabytes
+    matrix = weight.to(torch.float32, copy=True)
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
     for start in range(0, len(matrix), 16384):
         ids = torch.arange(start, min(start + 16384, len(matrix)))
         matrix[ids] = _embed(layer, ids, config)
