@@ -154,7 +154,8 @@ class LoRAConfig(Config):
 
 
 class PromptConfig(Config):
-    """The text around an image. The answer follows the template at once; loss is on the answer and the end token."""
+    """The text around an image. The answer follows the template, after one space unless the template ends in white
+    space or with the image; loss is on the answer and the end token."""
 
     template: str = "<image>\n"
     """Must hold `<image>` once: the place of the visual prompts."""
