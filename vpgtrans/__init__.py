@@ -32,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "VLM": ("vpgtrans.vlm", "VLM"),
-    "load": ("vpgtrans.vlm", "load_vlm"),
+    "load": ("vpgtrans.vlm_directory", "load_vlm"),
     "Recipe": ("vpgtrans.recipe", "Recipe"),
     "load_recipe": ("vpgtrans.recipe", "load_recipe"),
     "VpgTransError": ("vpgtrans.errors", "VpgTransError"),
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vpgtrans.errors import VpgTransError
     from vpgtrans.recipe import Recipe, load_recipe
     from vpgtrans.vlm import VLM
-    from vpgtrans.vlm import load_vlm as load
+    from vpgtrans.vlm_directory import load_vlm as load
 
 
 class _TransferPackage(ModuleType):

@@ -1,0 +1,252 @@
+"""A VLM on disk: parts side by side, a manifest with a hash for every file, loaded strictly.
+
+manifest.json                      what belongs together, and sha256 of every file
+encoder/ connector/ projector/     config.json + model.safetensors (an encoder may be a reference with a hash)
+adapter/                           a PEFT adapter, loadable by peft alone
+llm/                               only where the LLM itself was trained in full
+README.md                          the model card
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
+
+from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
+from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
+from vpgtrans.llm import Fingerprint, LanguageModel, open_llm
+from vpgtrans.parts import load_strict, read_config, read_weights, save_part
+from vpgtrans.projector import Projector
+from vpgtrans.references import Resolved, file_sha256, resolve
+from vpgtrans.vision import connectors, encoders
+from vpgtrans.vision.vpg import VPG
+from vpgtrans.vlm import VLM
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Vision:
+    """The parts of a VLM before its LLM, and what the manifest says of them."""
+
+    vpg: VPG
+    projector: Projector
+    prompt: PromptConfig
+    fingerprint: Fingerprint
+    """Of the LLM that the projector belongs to."""
+    manifest: dict[str, Any]
+
+
+def save_vlm(
+    vlm: VLM,
+    directory: Path,
+    *,
+    lineage: dict[str, Any],
+    card: str,
+    encoder_trained: bool = False,
+    llm_trained: bool = False,
+) -> Path:
+    """Write a VLM directory, beside its place first, so that it is there whole or not at all.
+
+    Args:
+        lineage: source VPG, source LLM, recipe hash, parent.
+        encoder_trained: write the encoder's weights even if a reference names them.
+        llm_trained: write the LLM's weights; otherwise it is a reference, with an adapter if there is one.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    encoder = vlm.vpg.encoder
+    by_reference = not encoder_trained and encoder.reference_sha256 is not None
+    encoder_config = {"encoder": encoder.config.model_dump(mode="json"), "sha256": encoder.reference_sha256}
+    save_part(temporary / "encoder", encoder_config, state=None if by_reference else encoder.state_dict())
+    connector = vlm.vpg.connector
+    connector_config = {
+        "connector": connector.config.model_dump(mode="json"),
+        "width_in": encoder.width,
+        "patches": encoder.patches,
+    }
+    save_part(temporary / "connector", connector_config, state=connector.state_dict())
+    vlm.projector.save(temporary / "projector")
+    adapted = isinstance(vlm.language_model, PeftModel)
+    if adapted:
+        vlm.language_model.save_pretrained(temporary / "adapter")
+    if llm_trained:
+        base = vlm.language_model.get_base_model() if adapted else vlm.language_model
+        base.save_pretrained(temporary / "llm")  # type: ignore[operator]
+        vlm.llm.tokenizer.save_pretrained(temporary / "llm")
+    (temporary / "README.md").write_text(card)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "parts": {
+            "encoder": {
+                "kind": encoder.config.kind,
+                "reference": encoder.config.reference if by_reference else None,
+                "weights_sha256": encoder.reference_sha256 if by_reference else None,
+                "image_size": encoder.config.image.size,
+                "patches": encoder.patches,
+                "width": encoder.width,
+            },
+            "connector": {"kind": connector.config.kind, "tokens": vlm.vpg.tokens, "width": vlm.vpg.width},
+            "projector": {
+                "kind": vlm.projector.config.kind,
+                "norm": vlm.projector.config.norm,
+                "width_in": vlm.projector.width_in,
+                "width_out": vlm.projector.width_out,
+            },
+        },
+        "files": {
+            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in files
+        },
+        "llm": vlm.llm.fingerprint.to_json() | {"trained": llm_trained, "adapter": adapted},
+        "visual_tokens": vlm.vpg.tokens,
+        "prompt": vlm.prompt.model_dump(mode="json"),
+        "lineage": lineage,
+    }
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    return directory
+
+
+def load_vision(reference: str) -> Vision:
+    """Read VPG and projector of a VLM directory, a run or a registry entry; the LLM is not opened.
+
+    Raises:
+        ReferenceError_: the reference is no VLM directory.
+        CheckpointError: a file or tensor is missing, extra, mis-shaped or altered.
+    """
+    found = _vlm_directory(reference)
+    directory = found.path
+    manifest = read_manifest(directory)
+    try:
+        encoder_written = read_config(directory / "encoder")
+        encoder_config = TypeAdapter(EncoderConfig).validate_python(encoder_written["encoder"])
+        connector_written = read_config(directory / "connector")
+        connector_config = TypeAdapter(ConnectorConfig).validate_python(connector_written["connector"])
+        prompt = PromptConfig.model_validate(manifest["prompt"])
+        fields = {key: value for key, value in manifest["llm"].items() if key not in ("trained", "adapter")}
+        fingerprint = Fingerprint.from_json(fields)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{directory}: a config is malformed: {error}") from error
+    carried = (directory / "encoder" / "model.safetensors").exists()
+    encoder = encoders.build(encoder_config, load_weights=not carried)
+    if carried:
+        load_strict(encoder, read_weights(directory / "encoder"), where=str(directory / "encoder"))
+    elif encoder.reference_sha256 != encoder_written["sha256"]:
+        raise IntegrityError(
+            f"{directory}: the encoder from {encoder_config.reference} has the hash {encoder.reference_sha256}, "
+            f"this VPG was trained with {encoder_written['sha256']}"
+        )
+    connector = connectors.build(connector_config, width_in=encoder.width, patches=encoder.patches)
+    load_strict(connector, read_weights(directory / "connector"), where=str(directory / "connector"))
+    projector = Projector.load(directory / "projector")
+    vpg = VPG(encoder, connector).eval().requires_grad_(False)
+    return Vision(vpg, projector, prompt, fingerprint, manifest)
+
+
+def load_vlm(
+    reference: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> VLM:
+    """Open a VLM: a VLM directory, a run, or `registry:NAME`.
+
+    Args:
+        reference: as in the recipe. dtype: of the LLM, bf16 if None; the parts before it keep theirs.
+
+    Raises:
+        ReferenceError_: it doesn't resolve. CheckpointError: damaged. IntegrityError: the LLM is not the one that
+            the projector was trained for.
+    """
+    vision = load_vision(reference)
+    directory = _vlm_directory(reference).path
+    described = vision.manifest["llm"]
+    name = str(directory / "llm") if described["trained"] else described["reference"]
+    llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if not described["trained"]:
+        check_base(vision.fingerprint, llm.fingerprint, where=str(directory))
+    if described["adapter"]:
+        _attach_adapter(llm, directory / "adapter")
+    vlm = VLM(vision.vpg, vision.projector, llm, prompt=vision.prompt)
+    return vlm.to(device).eval().requires_grad_(False)
+
+
+def check_base(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:
+    """Refuse an LLM that is not the one a projector and adapter were trained with.
+
+    Raises:
+        IntegrityError: naming every field that differs.
+    """
+    fields = ("architecture", "width", "layers", "vocabulary", "tokenizer_sha256", "embeddings_sha256")
+    odd = [
+        f"{field} is {getattr(found, field)}, must be {getattr(expected, field)}"
+        for field in fields
+        if getattr(expected, field) is not None and getattr(found, field) != getattr(expected, field)
+    ]
+    if odd:
+        raise IntegrityError(f"{where} belongs to another LLM than {found.reference}: {'; '.join(odd)}")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, after every file's presence, size and hash were checked.
+
+    Raises:
+        CheckpointError: naming the files that are missing, extra or altered.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"]
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}; this vpgtrans reads version {FORMAT_VERSION}")
+    present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} - {MANIFEST}
+    problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
+    for name in sorted(present & files.keys()):
+        file = directory / name
+        if file.stat().st_size != files[name]["size"] or file_sha256(file) != files[name]["sha256"]:
+            problems.append(f"{name} was altered (its size or sha256 is not the manifest's)")
+    if problems:
+        raise CheckpointError(f"{directory}: {'; '.join(problems)}")
+    return manifest
+
+
+def _attach_adapter(llm: LanguageModel, directory: Path) -> None:
+    adapted = PeftModel.from_pretrained(llm.model, str(directory))
+    wanted = {name for name in adapted.state_dict() if "lora_A" in name.split(".") or "lora_B" in name.split(".")}
+    stored = read_adapter_names(directory)
+    if len(wanted) != len(stored):
+        raise CheckpointError(f"{directory}: the adapter holds {len(stored)} tensors, the model takes {len(wanted)}")
+    llm.model = adapted
+
+
+def read_adapter_names(directory: Path) -> set[str]:
+    """The names of an adapter's tensors."""
+    from safetensors import safe_open
+
+    with safe_open(directory / "adapter_model.safetensors", "pt") as stored:
+        return set(stored.keys())
+
+
+def _vlm_directory(reference: str) -> Resolved:
+    found = resolve(reference)
+    if found.kind != "vlm":
+        raise ReferenceError_(
+            f"{reference} is no VLM directory: {found.path} has no {MANIFEST}; right would be a directory that "
+            "`vpgtrans transfer` or `train` wrote (its vlm/), a run, or registry:NAME"
+        )
+    return found
