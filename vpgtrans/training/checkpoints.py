@@ -1,0 +1,120 @@
+"""Resumable state of a run: what trained so far, the optimizer, and how far the run is.
+
+A checkpoint is a directory that appears at once: written beside its place, fsynced, renamed, hashes in a manifest.
+Only one good one is needed to go on, and the last two are kept.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vpgtrans.errors import CheckpointError
+from vpgtrans.references import file_sha256
+
+
+@dataclass
+class Progress:
+    """How far a run is. Counts are over the whole run where not said otherwise."""
+
+    stage: int = 0
+    update: int = 0
+    """Updates done in this stage."""
+    samples: int = 0
+    text_tokens: int = 0
+    seconds: float = 0.0
+    stage_start: dict[str, float] = field(default_factory=lambda: {"samples": 0, "text_tokens": 0, "seconds": 0.0})
+    best: dict[str, Any] = field(default_factory=dict)
+    """val_loss, samples, stage and update of the best validation in this stage."""
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    """Results of the stages that are done."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    progress: Progress
+    state: dict[str, Tensor]
+    """Tensors of the parts that changed since the run began."""
+    best_state: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    """None between stages."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self.directory = directory
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint so that it is there whole or not at all."""
+        progress = checkpoint.progress
+        target = self.directory / f"{progress.stage:02d}-{progress.update:08d}"
+        temporary = self.directory / f".{target.name}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
+        save_file(checkpoint.state, temporary / "state.safetensors")
+        save_file(checkpoint.best_state, temporary / "best.safetensors")
+        if checkpoint.optimizer is not None:
+            torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(hashes, indent=2))
+        for file in temporary.iterdir():
+            _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _sync(self.directory)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def load(self) -> Checkpoint | None:
+        """The newest whole checkpoint, None if there is none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        problems = []
+        for directory in reversed(self._all()):
+            try:
+                return self._read(directory)
+            except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+                problems.append(f"{directory}: {error}")
+        if problems:
+            raise CheckpointError("no checkpoint is whole:\n" + "\n".join(problems))
+        return None
+
+    def _all(self) -> list[Path]:
+        """Oldest first: names sort by stage and update."""
+        return sorted(path for path in self.directory.glob("[0-9]*-[0-9]*") if path.is_dir())
+
+    def _read(self, directory: Path) -> Checkpoint:
+        hashes = json.loads((directory / "manifest.json").read_text())
+        for name, expected in hashes.items():
+            if file_sha256(directory / name) != expected:
+                raise CheckpointError(f"{name} is damaged: its sha256 is not the manifest's")
+        optimizer = directory / "optimizer.pt"
+        return Checkpoint(
+            progress=Progress(**json.loads((directory / "progress.json").read_text())),
+            state=load_file(directory / "state.safetensors"),
+            best_state=load_file(directory / "best.safetensors"),
+            optimizer=torch.load(optimizer, weights_only=True) if optimizer.exists() else None,
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

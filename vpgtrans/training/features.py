@@ -1,0 +1,179 @@
+"""What the frozen front of a VLM computes, computed once and kept on disk.
+
+In the warm-up encoder and connector are frozen: an image's visual tokens never change, so each image passes through
+them once. In a fine-tune with a frozen encoder the same holds for its patch features. The cache is keyed by all that
+the numbers depend on: the frozen parts' weights and configs, the preprocessing, the images, the stored precision.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from vpgtrans.errors import DataError
+from vpgtrans.progress import track
+from vpgtrans.references import cache_dir
+from vpgtrans.vision.vpg import VPG
+
+Level = Literal["pixels", "patches", "tokens"]
+"""How far the frozen front reaches: nowhere, through the encoder, through the connector."""
+
+_MISSING, _STORED, _UNREADABLE = 0, 1, 2
+_LOGGER = logging.getLogger(__name__)
+
+
+class Images(Protocol):
+    """What a data set must offer to be cached."""
+
+    ids: Sequence[str]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that was skipped, and why."""
+
+    id: str
+    reason: str
+
+
+class FrozenFront:
+    """The frozen modules before the first one that trains, as a function from images to tensors."""
+
+    def __init__(self, vpg: VPG, level: Level, *, dtype: torch.dtype = torch.bfloat16):
+        self.vpg = vpg
+        self.level = level
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images -> pixels [B, 3, S, S], patches [B, N, d_enc] or visual tokens [B, T, d_vpg], on the CPU."""
+        pixels = torch.stack([self.vpg.transform(image) for image in images])
+        if self.level == "pixels":
+            return pixels
+        parameter = next(self.vpg.encoder.parameters())
+        self.vpg.encoder.eval()
+        features = self.vpg.encode(pixels.to(parameter.device, parameter.dtype))
+        if self.level == "tokens":
+            self.vpg.connector.eval()
+            features = self.vpg.connect(features.to(_dtype_of(self.vpg.connector, features.dtype)))
+        return features.to("cpu", self.dtype)
+
+    def rest(self, inputs: Tensor) -> Tensor:
+        """From what `__call__` gave to visual tokens [B, T, d_vpg], with gradients; `inputs` on the right device."""
+        if self.level == "tokens":
+            return inputs.float()
+        if self.level == "pixels":
+            inputs = self.vpg.encode(inputs.to(_dtype_of(self.vpg.encoder, inputs.dtype)))
+        return self.vpg.connect(inputs.to(_dtype_of(self.vpg.connector, torch.float32)))
+
+    def key(self) -> str:
+        """sha256 over the frozen weights, their configs, the preprocessing and the stored dtype."""
+        digest = hashlib.sha256()
+        config = self.vpg.config.model_dump(mode="json")
+        if self.level != "tokens":
+            config.pop("connector")
+        digest.update(json.dumps([self.level, str(self.dtype), config], sort_keys=True).encode())
+        modules = [self.vpg.encoder] + ([self.vpg.connector] if self.level == "tokens" else [])
+        for module in modules:
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class FeatureCache:
+    """A memory-mapped array of one row an image, filled as rows are asked for.
+
+    A row's flag is written after the row itself has reached the disk, so a killed process leaves no half row that is
+    taken for whole. Unreadable images are remembered with their reason.
+    """
+
+    def __init__(self, images: Images, front: FrozenFront, *, directory: Path | None = None):
+        self.images = images
+        self.front = front
+        key = hashlib.sha256(f"{front.key()} {images.fingerprint}".encode()).hexdigest()[:32]
+        self.directory = (directory or cache_dir() / "features") / key
+        self._reasons: dict[int, str] = {}
+
+    def ensure(self, rows: Sequence[int], *, batch_size: int = 16, title: str = "features") -> None:
+        """Compute the given rows that are not there yet, with a progress bar."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.directory / "lock")):
+            flags = self._flags()
+            todo = [row for row in sorted(set(rows)) if flags[row] == _MISSING]
+            self._load_reasons()
+            if not todo:
+                return
+            _LOGGER.info("computing %s of %d images into %s", title, len(todo), self.directory)
+            data: np.memmap | None = None
+            for start in track(range(0, len(todo), batch_size), title):
+                chunk = todo[start : start + batch_size]
+                readable, pictures = [], []
+                for row in chunk:
+                    try:
+                        pictures.append(self.images.image(row))
+                        readable.append(row)
+                    except DataError as error:
+                        self._reasons[row] = str(error)
+                        flags[row] = _UNREADABLE
+                if readable:
+                    features = self.front(pictures)
+                    data = self._data(features.shape[1:]) if data is None else data
+                    data[readable] = features.view(_STORAGE[features.dtype]).numpy()
+                    data.flush()
+                    flags[readable] = _STORED
+                (self.directory / "unreadable.json").write_text(json.dumps(self._reasons))
+                flags.flush()
+
+    def unreadable(self, rows: Sequence[int]) -> list[Unreadable]:
+        """Those of the given rows that can't be read."""
+        return [Unreadable(self.images.ids[row], self._reasons[row]) for row in rows if row in self._reasons]
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), ...] in the stored dtype; the rows must have been ensured and be readable."""
+        shape = json.loads((self.directory / "shape.json").read_text())
+        array = self._data(torch.Size(shape))[list(rows)]
+        return torch.from_numpy(np.ascontiguousarray(array)).view(self.front.dtype)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def _flags(self) -> np.memmap:
+        path = self.directory / "flags.u8"
+        if not path.exists():
+            np.zeros(len(self.images), dtype=np.uint8).tofile(path)
+        return np.memmap(path, dtype=np.uint8, mode="r+", shape=(len(self.images),))
+
+    def _data(self, row_shape: torch.Size) -> np.memmap:
+        path, shape = self.directory / "rows.bin", (len(self.images), *row_shape)
+        (self.directory / "shape.json").write_text(json.dumps(list(row_shape)))
+        mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
+        return np.memmap(path, dtype=_NUMPY[self.front.dtype], mode=mode, shape=shape)
+
+    def _load_reasons(self) -> None:
+        path = self.directory / "unreadable.json"
+        if path.exists():
+            self._reasons = {int(row): reason for row, reason in json.loads(path.read_text()).items()}
+
+
+# numpy has no bfloat16, so its bits travel as int16.
+_STORAGE = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.float32}
+_NUMPY = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.float32}
+
+
+def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's parameters; `default` for one without any (an identity connector)."""
+    return next((parameter.dtype for parameter in module.parameters()), default)

@@ -1,0 +1,338 @@
+"""Running one stage: data in order, Lightning's trainer, validations, the log, checkpoints."""
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from vpgtrans.config import Mode, Part
+from vpgtrans.data.sources import Mixture
+from vpgtrans.progress import bar
+from vpgtrans.recipe import Recipe, Stage, TrainerConfig
+from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
+from vpgtrans.training.features import FrozenFront, Level
+from vpgtrans.training.module import StageModule
+from vpgtrans.training.objectives import build_objectives
+from vpgtrans.training.parts import put_state, take_state
+from vpgtrans.training.samples import BadSamples, Batch, Samples
+from vpgtrans.vlm import VLM
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def boundary(stage: Stage, *, augmented: bool) -> tuple[Level, bool]:
+    """How far the frozen front of a stage reaches, and whether its output is cached."""
+    if augmented or stage.trainable["encoder"] != "frozen":
+        return "pixels", False
+    level: Level = "tokens" if stage.trainable["connector"] == "frozen" else "patches"
+    return level, stage.cache_features is not False
+
+
+def count_updates(stage: Stage, mixture: Mixture, vlm: VLM) -> int:
+    """A stage's budget in optimizer updates: samples ÷ batch size, rounded up; tokens by the mean caption's length."""
+    samples = stage.budget.samples
+    if samples is None:
+        assert stage.budget.tokens is not None
+        some = mixture.order(0, 0)[:1000]
+        mean = sum(vlm.splice.answer_length(mixture.caption(int(row))) for row in some) / len(some)
+        samples = math.ceil(stage.budget.tokens / mean)
+    return math.ceil(samples / stage.batch_size)
+
+
+class Updates(IterableDataset[Batch]):
+    """The batches of a stage from update `start` on; a device gets its slice of every batch."""
+
+    def __init__(self, samples: Samples, stage: Stage, *, seed: int, first_sample: int, start: int, stop: int):
+        self.samples = samples
+        self.stage = stage
+        self.seed = seed
+        self.first_sample = first_sample
+        self.start = start
+        self.stop = stop
+        self.rank, self.world = 0, 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The mixture's rows of each update, over all devices."""
+        begin = self.first_sample + self.start * self.stage.batch_size
+        batches = self.samples.mixture.batches(self.seed, begin, batch_size=self.stage.batch_size)
+        for _ in range(len(self)):
+            yield next(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self.rows():
+            yield self.samples.fetch(rows[self.rank :: self.world])
+
+
+class Validator:
+    """Loss on the validation set, per answer token."""
+
+    def __init__(self, samples: Samples, rows: Sequence[int], *, batch_size: int = 32):
+        self.samples = samples
+        self.rows = list(rows)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, module: StageModule) -> float:
+        """The weighted sum of the stage's losses over all validation samples."""
+        module.eval()
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for start in range(0, len(self.rows), self.batch_size):
+            batch = self.samples.fetch(self.rows[start : start + self.batch_size])
+            for name, (summed, _) in module.losses(batch).items():
+                sums[name] = sums.get(name, 0.0) + summed.item()
+                weight = module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)  # type: ignore[operator]
+                weights[name] = weights.get(name, 0.0) + weight
+        module.train()
+        # The caption loss alone where it is there: it is what arms and stages are compared by.
+        names = ["caption"] if "caption" in sums else list(sums)
+        return sum(sums[name] / weights[name] for name in names)
+
+
+class RunLog:
+    """`metrics.jsonl`: a line per logged update and per validation."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **figures: Any) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(figures) + "\n")
+
+    def cut(self, progress: Progress) -> None:
+        """Drop what a run that is resumed here wrote after its checkpoint."""
+        if not self.path.exists():
+            return
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        kept = [line for line in lines if line["samples"] <= progress.samples]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+@dataclass
+class StageResult:
+    """What a stage came to: `summary.json` lists it under these keys."""
+
+    name: str
+    updates: int
+    samples: int
+    seconds: float
+    val_loss: float
+    best_samples: int
+    text_tokens: int
+    peak_memory_bytes: int
+
+
+class _Watch(L.Callback):
+    """Validation, log, progress bar and checkpoints of one stage."""
+
+    def __init__(self, run: "StageRun"):
+        self.run = run
+        self.clock = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        run, module = self.run, self.run.module
+        now = time.perf_counter()
+        run.progress.seconds += now - self.clock
+        self.clock = now
+        run.progress.update = module.done
+        run.progress.samples += run.stage.batch_size
+        run.progress.text_tokens += int(module.last["text_tokens"])
+        every = max(1, run.updates // 400)
+        if trainer.is_global_zero and (module.done % every == 0 or module.done == run.updates):
+            run.log.write(**run.position(), **{k: v for k, v in module.last.items() if k != "text_tokens"})
+        run.show(module.last["loss"])
+        if module.done % run.validate_every == 0 or module.done == run.updates:
+            run.validate()
+            self.clock = time.perf_counter()
+        if trainer.is_global_zero and run.stop_asked():
+            run.save()
+            raise KeyboardInterrupt
+
+
+class StageRun:
+    """One stage of a run, from `progress.update` to its end."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        recipe: Recipe,
+        index: int,
+        *,
+        train: Mixture,
+        validation: Mixture,
+        bad: BadSamples,
+        log: RunLog,
+        checkpoints: Checkpoints | None,
+        progress: Progress,
+        changed: dict[Part, Mode],
+        accelerator: str = "auto",
+        stop_asked: Callable[[], bool] = lambda: False,
+    ):
+        self.vlm = vlm
+        self.recipe = recipe
+        self.stage = stage = recipe.stages[index]
+        self.log = log
+        self.checkpoints = checkpoints
+        self.progress = progress
+        self.changed = changed
+        self.accelerator = accelerator
+        self.stop_asked = stop_asked
+        self.updates = count_updates(stage, train, vlm)
+        every = stage.validate_every or math.ceil(self.updates / 10) * stage.batch_size
+        self.validate_every = max(1, round(every / stage.batch_size))
+
+        level, cached = boundary(stage, augmented=recipe.augments(stage))
+        front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
+        samples = Samples(train, front, bad=bad, cached=cached)
+        first_sample = int(progress.stage_start["samples"])
+        self.data = Updates(
+            samples, stage, seed=recipe.seed, first_sample=first_sample, start=progress.update, stop=self.updates
+        )
+        valid_front, valid_cached = (front, cached) if cached or level != "pixels" else (front, False)
+        held_out = Samples(validation, valid_front, bad=bad, cached=valid_cached)
+        rows = np.arange(len(validation))
+        if recipe.trainer.validate_samples is not None:
+            # The same subset for every run: a fixed permutation, not the run's seed.
+            rows = np.sort(np.random.default_rng(0).permutation(len(validation))[: recipe.trainer.validate_samples])
+        self.validator = Validator(held_out, [int(row) for row in rows])
+        started = time.perf_counter()
+        needed = np.unique(np.concatenate(list(self.data.rows()))) if len(self.data) else np.array([], dtype=int)
+        samples.prepare([int(row) for row in needed], f"{stage.name}: images")
+        held_out.prepare(self.validator.rows, f"{stage.name}: validation images")
+        self.preparation_seconds = time.perf_counter() - started
+        progress.seconds += self.preparation_seconds
+
+        captions = [caption for source in train.sources for caption in source.captions]
+        self.module = StageModule(
+            vlm,
+            stage,
+            front=front,
+            objectives=build_objectives(list(stage.losses), vlm, captions),
+            updates=self.updates,
+            done=progress.update,
+            seed=recipe.seed,
+            stream=index,
+        )
+        self.best_state: dict[str, Tensor] = {}
+        self._bar = bar()
+        self._task = self._bar.add_task(stage.name, total=self.updates, completed=progress.update, note="")
+
+    def run(
+        self, optimizer_state: dict[str, Any] | None = None, best_state: dict[str, Tensor] | None = None
+    ) -> StageResult:
+        """Train to the end of the stage; the VLM is left at its best validation loss.
+
+        Raises:
+            TrainingError: a loss that is not finite, or too many unreadable images.
+        """
+        stage, progress = self.stage, self.progress
+        self.best_state = best_state or {}
+        trainer = L.Trainer(
+            accelerator=self.accelerator,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[_Watch(self)],
+            **_devices(self.recipe.trainer),
+        )
+        self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
+        if optimizer_state is not None:
+            self.module.resume_optimizer = optimizer_state
+        self.module.to(self.vlm.device)
+        with self._bar:
+            if progress.update == 0:
+                self.validate()
+            if len(self.data):
+                trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
+        put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {stage.name}")
+        self.vlm.eval()
+        start = progress.stage_start
+        return StageResult(
+            name=stage.name,
+            updates=progress.update,
+            samples=progress.samples - int(start["samples"]),
+            seconds=progress.seconds - start["seconds"],
+            val_loss=progress.best["val_loss"],
+            best_samples=progress.best["samples"],
+            text_tokens=progress.text_tokens - int(start["text_tokens"]),
+            peak_memory_bytes=peak_memory(),
+        )
+
+    def position(self) -> dict[str, Any]:
+        """Where the run is, for a line of the log."""
+        progress = self.progress
+        return {
+            "stage": self.stage.name,
+            "update": progress.update,
+            "samples": progress.samples,
+            "text_tokens": progress.text_tokens,
+            "seconds": round(progress.seconds, 3),
+        }
+
+    def show(self, loss: float) -> None:
+        best = self.progress.best.get("val_loss")
+        note = f"loss {loss:.3f}" + (f", best validation {best:.3f}" if best is not None else "")
+        self._bar.update(self._task, completed=self.progress.update, note=note)
+
+    def validate(self) -> None:
+        """Measure, log, remember the best, write a checkpoint."""
+        started = time.perf_counter()
+        value = self.validator(self.module)
+        progress = self.progress
+        progress.seconds += time.perf_counter() - started
+        self.log.write(**self.position(), val_loss=value)
+        _LOGGER.info("%s: %d samples, validation loss %.4f", self.stage.name, progress.samples, value)
+        if not progress.best or value < progress.best["val_loss"]:
+            progress.best = {"val_loss": value, "samples": progress.samples, "update": progress.update}
+            self.best_state = take_state(self.vlm, self.changed)
+        if progress.update > 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        if self.checkpoints is None:
+            return
+        optimizer = self.module.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.checkpoints.save(
+            Checkpoint(
+                progress=self.progress,
+                state=take_state(self.vlm, self.changed),
+                best_state=self.best_state,
+                optimizer=optimizer.state_dict(),
+            )
+        )
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where one is used, else the process's peak resident size."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _devices(config: TrainerConfig) -> dict[str, Any]:
+    precision = "bf16-mixed" if config.precision == "bf16-mixed" else "32-true"
+    # On a CPU `auto` is one process: more would compete for the same cores.
+    devices: Any = config.devices if config.devices != "auto" or torch.cuda.is_available() else 1
+    return {"devices": devices, "strategy": config.strategy, "precision": precision}

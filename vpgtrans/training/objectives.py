@@ -1,0 +1,98 @@
+"""What a stage minimises, as functions of visual prompts and captions.
+
+`caption`: the LLM's negative log-likelihood of the caption behind the prompts; what a VLM is trained with.
+`words`: prompt number t is to lie where the t-th word token of the caption lies in the LLM's embedding space. It needs
+no pass through the LLM, so it costs a hundredth; and prompts that lie among words are what a *word* converter can
+carry to another LLM. It serves as a cheap first stage for a new VPG, or beside `caption` to keep prompts readable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpgtrans.vlm import VLM
+
+SHARPNESS = 20.0
+"""Squared distances are measured in 1/20 of the words' variance: an exact prompt then beats 2,000 others surely."""
+PULL = 3.0
+"""Weight of the squared distance to the right word (in units of D) beside the classification, which alone would be
+content with prompts on the right side of all words, far away from them, and no LLM reads those."""
+FILLER_WEIGHT = 0.1
+"""Prompts beyond the caption's end are drawn to the line break, weakly."""
+
+
+class CaptionObjective(nn.Module):
+    """The LLM's loss on the answer tokens."""
+
+    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
+        """Prompts [B, T, d_llm], B captions -> summed NLL, and how many tokens it sums."""
+        nll, _ = vlm.splice.token_nll(prompts, captions)
+        return nll.sum(), len(nll)
+
+    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
+        """What the sum is divided by: the answer tokens of all captions."""
+        return float(sum(vlm.splice.answer_length(caption) for caption in captions))
+
+
+class WordObjective(nn.Module):
+    """Classification of each prompt among the words of the training captions, by distance in the embedding space.
+
+    With word embeddings e_v of variance D around their mean, prompt p has the logits −|p − e_v|² · SHARPNESS / (2 D):
+    a Gaussian around every word. PULL · |p − e|² / D is added, so that a sure prompt lies on its word and an unsure
+    one between its candidates.
+    """
+
+    embeddings: Tensor
+    offsets: Tensor
+    spread: Tensor
+
+    def __init__(self, vlm: VLM, captions: Sequence[str]):
+        super().__init__()
+        self.tokenizer: Any = vlm.llm.tokenizer
+        self.filler = self._ids("\n")[0]
+        vocabulary = sorted({token for caption in captions for token in self._ids(" " + caption)} | {self.filler})
+        self.rows = {token: row for row, token in enumerate(vocabulary)}
+        with torch.no_grad():
+            embeddings = vlm.llm.embed(torch.tensor(vocabulary, device=vlm.device)).float()
+        variance = (embeddings - embeddings.mean(dim=0)).square().sum(dim=1).mean()
+        self.register_buffer("embeddings", embeddings)
+        self.register_buffer("offsets", embeddings.square().sum(dim=1) / 2)
+        self.register_buffer("spread", variance)
+
+    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
+        """Prompts [B, T, d_llm], B captions -> summed weighted loss, and how many prompts it sums."""
+        targets, weights = self._targets(captions, prompts.shape[1])
+        targets, weights = targets.flatten().to(prompts.device), weights.flatten().to(prompts.device)
+        prompts = prompts.float().flatten(0, 1)
+        logits = (prompts @ self.embeddings.T - self.offsets) * (SHARPNESS / self.spread)
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        distance = (prompts - self.embeddings[targets]).square().sum(dim=-1) / self.spread
+        return ((nll + PULL * distance) * weights).sum(), len(targets)
+
+    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
+        """What the sum is divided by: the weights of all captions' prompts."""
+        return float(self._targets(captions, visual)[1].sum())
+
+    def _targets(self, captions: Sequence[str], visual: int) -> tuple[Tensor, Tensor]:
+        """Rows of the vocabulary and weights, both [B, visual]."""
+        targets = torch.full((len(captions), visual), self.rows[self.filler])
+        weights = torch.full((len(captions), visual), FILLER_WEIGHT)
+        for index, caption in enumerate(captions):
+            rows = torch.tensor([self.rows.get(token, -1) for token in self._ids(" " + caption)[:visual]])
+            targets[index, : len(rows)] = rows.clamp(min=0)
+            weights[index, : len(rows)] = (rows >= 0).float()  # a word outside the training captions has no row
+        return targets, weights
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+OBJECTIVES = {"caption": lambda vlm, captions: CaptionObjective(), "words": WordObjective}
+
+
+def build_objectives(names: Sequence[str], vlm: VLM, captions: Sequence[str]) -> nn.ModuleDict:
+    """The named objectives; `captions` are those of the training data."""
+    return nn.ModuleDict({name: OBJECTIVES[name](vlm, captions) for name in names})

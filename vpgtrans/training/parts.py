@@ -1,0 +1,133 @@
+"""Which parts of a VLM train in a stage, and how: applied to the modules, shown as a table, taken out as a state."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from vpgtrans.config import LoRAConfig, Mode, Part
+from vpgtrans.errors import CheckpointError
+from vpgtrans.llm import block_linears
+from vpgtrans.parts import load_strict
+from vpgtrans.recipe import Stage
+from vpgtrans.vlm import VLM
+
+PARTS: tuple[Part, ...] = ("encoder", "connector", "projector", "llm")
+_ADAPTER_MODULES = frozenset({"lora_A", "lora_B"})
+
+
+def part_module(vlm: VLM, part: Part) -> nn.Module:
+    """The module of a part."""
+    modules = {
+        "encoder": vlm.vpg.encoder,
+        "connector": vlm.vpg.connector,
+        "projector": vlm.projector,
+        "llm": vlm.language_model,
+    }
+    return modules[part]
+
+
+def add_adapter(vlm: VLM, config: LoRAConfig) -> None:
+    """Put LoRA on the LLM's block linears, named exactly; its weights are float32, its output zero at first."""
+    names = block_linears(vlm.language_model)
+    if config.targets is not None:
+        names = [name for name in names if name.rsplit(".", 1)[-1] in config.targets]
+    adapted = get_peft_model(
+        vlm.language_model,
+        LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names, bias="none"
+        ),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = vlm.llm.reference
+    vlm.language_model = adapted
+    vlm.llm.model = adapted  # type: ignore[assignment]
+
+
+def set_trainable(vlm: VLM, stage: Stage) -> None:
+    """Set `requires_grad` of every parameter as the stage says, and every module's train or eval mode."""
+    for part in PARTS:
+        module, mode = part_module(vlm, part), stage.trainable[part]
+        if mode == "lora" and not isinstance(vlm.language_model, PeftModel):
+            add_adapter(vlm, stage.lora)
+            module = vlm.language_model
+        for name, parameter in module.named_parameters():
+            of_adapter = not _ADAPTER_MODULES.isdisjoint(name.split("."))
+            parameter.requires_grad_(mode == ("lora" if of_adapter else "full"))
+        if mode == "full":
+            module.float()  # updates of a large-rate optimizer vanish in half precision
+    set_modes(vlm, stage)
+
+
+def set_modes(vlm: VLM, stage: Stage) -> None:
+    """Parts that train in train mode, frozen parts in eval mode (also the modules inside)."""
+    for part in PARTS:
+        part_module(vlm, part).train(stage.trainable[part] != "frozen")
+
+
+def trained_parameters(vlm: VLM, stage: Stage) -> Iterator[tuple[Part, str, nn.Parameter]]:
+    """(part, name, parameter) of all that trains in a stage."""
+    for part in PARTS:
+        for name, parameter in part_module(vlm, part).named_parameters():
+            if parameter.requires_grad:
+                yield part, name, parameter
+
+
+def table(vlm: VLM, stage: Stage) -> list[dict[str, Any]]:
+    """A row a part: stage, part, mode, parameters (all of the part's), trained (those that train), lr."""
+    rows = []
+    for part in PARTS:
+        parameters = list(part_module(vlm, part).parameters())
+        rows.append(
+            {
+                "stage": stage.name,
+                "part": part,
+                "mode": stage.trainable[part],
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+                "lr": stage.rates.get(part),
+            }
+        )
+    return rows
+
+
+def changed_parts(stages: list[Stage]) -> dict[Part, Mode]:
+    """Which parts differ from where a run began after the given stages, and by what."""
+    changed: dict[Part, Mode] = {}
+    for stage in stages:
+        for part, mode in stage.trainable.items():
+            if mode != "frozen":
+                changed[part] = "full" if "full" in (mode, changed.get(part)) else mode
+    return changed
+
+
+def take_state(vlm: VLM, changed: dict[Part, Mode]) -> dict[str, Tensor]:
+    """Copies of the tensors of the changed parts, named `part/tensor`; a LoRA part gives its adapter only."""
+    state: dict[str, Tensor] = {}
+    for part, mode in changed.items():
+        module = part_module(vlm, part)
+        tensors = get_peft_model_state_dict(module) if mode == "lora" else module.state_dict()
+        state |= {f"{part}/{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return state
+
+
+@torch.no_grad()
+def put_state(vlm: VLM, state: dict[str, Tensor], changed: dict[Part, Mode], *, where: str) -> None:
+    """Write back what `take_state` took.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or mis-shaped.
+    """
+    for part, mode in changed.items():
+        prefix = f"{part}/"
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        module = part_module(vlm, part)
+        if mode != "lora":
+            load_strict(module, tensors, where=f"{where}, {part}")
+            continue
+        wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(module).items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+            odd = sorted(wanted.keys() ^ tensors.keys())[:3]
+            raise CheckpointError(f"{where}: the adapter does not fit this LLM (tensors that differ: {odd})")
+        set_peft_model_state_dict(module, tensors)
