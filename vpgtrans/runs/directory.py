@@ -1,0 +1,119 @@
+"""A run on disk: who may write where, and the files that say what happened."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vpgtrans.errors import OutputError
+from vpgtrans.recipe import Recipe, dump, load_recipe, recipe_hash
+
+_RECIPE = "recipe.yaml"
+_VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets", "numpy")
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  trainable.json  lineage.json  skipped.jsonl
+    samples.json  summary.json  report.html  checkpoints/  vlm/
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.vlm = path / "vlm"
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        os.replace(temporary, self.path / name)
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+
+def open_run(recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool) -> tuple[RunDirectory, bool]:
+    """The run directory for a recipe, and whether it continues an earlier start.
+
+    Raises:
+        OutputError: it holds another run, can't be written, or there is nothing to resume.
+    """
+    path = output or Path("runs") / recipe.name
+    present = path.exists() and any(path.iterdir()) if path.is_dir() or not path.exists() else True
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; the output must be a directory")
+    if present and not (path / _RECIPE).exists():
+        raise OutputError(f"{path} holds files that are no run of vpgtrans; choose another --output")
+    if present and not resume and not overwrite:
+        raise OutputError(f"{path} holds a run already; give --resume, --overwrite, or another --output")
+    if resume:
+        if not present:
+            raise OutputError(f"{path} holds no run to resume; leave --resume out to start one")
+        earlier = load_recipe(path / _RECIPE)
+        if recipe_hash(earlier) != recipe_hash(recipe):
+            keys = ", ".join(_differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json")))
+            raise OutputError(f"{path} was begun with another recipe (differs in {keys}); resume needs the same one")
+        return RunDirectory(path), True
+    try:
+        if present:
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _RECIPE).write_text(dump(recipe))
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
+    run = RunDirectory(path)
+    run.write("environment.json", environment())
+    return run, False
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, commit."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "versions": found,
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package is in, if it is in one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [name for key in keys for name in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [name for index, (a, b) in pairs for name in _differences(a, b, f"{prefix}{index}.")]
+    return [] if before == after else [prefix.rstrip(".")]

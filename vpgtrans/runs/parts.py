@@ -1,0 +1,133 @@
+"""Opening what a recipe names: the source's VPG, the target LLM, the data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vpgtrans.config import PromptConfig, VPGConfig
+from vpgtrans.data.config import DataSource
+from vpgtrans.data.sources import Mixture, open_captions
+from vpgtrans.doctor import cpu_has_bf16
+from vpgtrans.errors import TransferError
+from vpgtrans.llm import LanguageModel, WordEmbeddings, open_llm, read_embeddings
+from vpgtrans.projector import Projector
+from vpgtrans.recipe import Recipe, TrainerConfig
+from vpgtrans.references import resolve
+from vpgtrans.vision import connectors
+from vpgtrans.vision.importers import import_source
+from vpgtrans.vision.vpg import VPG, build_vpg
+from vpgtrans.vlm_directory import check_base, load_vision
+
+
+@dataclass
+class Source:
+    """Where the VPG comes from. `projector` and `words` are None for a VPG that is built from scratch."""
+
+    vpg: VPG
+    projector: Projector | None
+    words: Callable[[], WordEmbeddings] | None
+    prompt: PromptConfig | None
+    lineage: dict[str, Any]
+
+
+def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
+    """Open a VLM directory, run or registry entry of ours, or import a BLIP-2 or LLaVA directory, or build a VPG.
+
+    Raises:
+        ReferenceError_: it doesn't resolve. CheckpointError, IntegrityError: it is damaged.
+    """
+    if isinstance(vpg, VPGConfig):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = build_vpg(vpg)
+        return Source(built.eval(), None, None, None, {"source_vpg": None, "source_llm": None})
+    found = resolve(vpg)
+    if found.kind == "vlm":
+        vision = load_vision(vpg)
+        llm = vision.fingerprint.reference
+
+        def words() -> WordEmbeddings:
+            read = read_embeddings(llm)
+            check_base(vision.fingerprint, read.fingerprint, where=vpg)
+            return read
+
+        lineage = {"source_vpg": vpg, "source_llm": llm, "parent": vision.manifest["lineage"]}
+        return Source(vision.vpg, vision.projector, words, vision.prompt, lineage)
+    imported = import_source(found.path, reference=vpg)
+    return Source(
+        imported.vpg,
+        imported.projector,
+        lambda: read_embeddings(vpg),
+        imported.prompt,
+        {"source_vpg": vpg, "source_llm": imported.source_llm},
+    )
+
+
+def fresh_connector(vpg: VPG, *, seed: int) -> VPG:
+    """The same encoder with a connector of the same shape and random weights: what `scratch` starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        connector = connectors.build(vpg.config.connector, width_in=vpg.encoder.width, patches=vpg.encoder.patches)
+    return VPG(vpg.encoder, connector).eval()
+
+
+def open_target(recipe: Recipe, *, device: torch.device) -> LanguageModel:
+    """The target LLM in the precision of the recipe's trainer."""
+    return open_llm(
+        recipe.target.llm,
+        dtype=llm_dtype(recipe.trainer, device),
+        device=device,
+        trust_remote_code=recipe.target.trust_remote_code,
+    )
+
+
+def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
+    """bf16-true keeps the frozen LLM in bf16; what trains is float32 in every precision."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    if trainer.precision == "bf16-true" or (trainer.precision == "auto" and fast):
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device.
+
+    Raises:
+        TransferError: it isn't there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TransferError(f"--device {name}: this machine has no usable GPU (see `vpgtrans doctor`)")
+    return device
+
+
+def open_mixture(sources: list[DataSource]) -> Mixture:
+    """Data sources with their weights."""
+    return Mixture([(open_captions(source), source.weight) for source in sources])
+
+
+def check_widths(source: Source) -> None:
+    """Raises TransferError if a source's VPG and projector do not belong together."""
+    if source.projector is not None and source.projector.width_in != source.vpg.width:
+        raise TransferError(
+            f"source.vpg: the VPG gives tokens of width {source.vpg.width}, its projector takes "
+            f"{source.projector.width_in}: they do not belong together"
+        )
+
+
+@torch.no_grad()
+def visual_tokens(vpg: VPG, mixture: Mixture, rows: list[int]) -> torch.Tensor:
+    """Visual tokens [n, T, d_vpg] of some images, float32 on the CPU."""
+    parameter = next(vpg.parameters())
+    found = []
+    for start in range(0, len(rows), 16):
+        pixels = torch.stack([vpg.transform(mixture.image(row)) for row in rows[start : start + 16]])
+        found.append(vpg(pixels.to(parameter.device, parameter.dtype)).float().cpu())
+    return torch.cat(found)
