@@ -155,6 +155,14 @@ def test_max_tokens_takes_the_first_pairs():
     assert capped.stats["pairs"] == 200
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.fit}-{c.alpha}-{c.rms_match}")
+def test_wide_tables_in_float32_give_the_same(monkeypatch, config):
+    x, y = related(2000, 24, 16)
+    exact = fit(config, x, y)
+    monkeypatch.setattr("vpgtrans.transfer.converters.FLOAT32_WIDTH", 1)
+    torch.testing.assert_close(fit(config, x, y)(x), exact(x), rtol=1e-3, atol=5e-3)
+
+
 def test_an_exact_relation_is_found():
     x, _ = related(800, 12, 12)
     rotation = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))[0]
