@@ -203,6 +203,16 @@ def open_llm(
     return llm
 
 
+def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """The `transformers` config of an LLM; no weights are read (a GGUF's header is)."""
+    found = _resolve_llm(reference)
+    if found.kind == "gguf":
+        return gguf_files.open_config(found.path)
+    config = _config(reference, found.path, trust_remote_code=trust_remote_code)
+    _require_causal(reference, config)
+    return config
+
+
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an LLM (or of a composite checkpoint); no weights are read."""
     found = _resolve_llm(reference)

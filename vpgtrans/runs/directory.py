@@ -13,8 +13,16 @@ from typing import Any
 from vpgtrans.errors import OutputError
 from vpgtrans.recipe import Recipe, dump, load_recipe, recipe_hash
 
-_RECIPE = "recipe.yaml"
+_RECIPE, _ENVIRONMENT = "recipe.yaml", "environment.json"
 _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets", "numpy")
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes: of several that train together, Lightning starts the others again with
+    the same command line, and they do the same work on their share of each batch."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class RunDirectory:
@@ -31,7 +39,9 @@ class RunDirectory:
         self.vlm = path / "vlm"
 
     def write(self, name: str, content: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all; the first process alone does."""
+        if not first_process():
+            return
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         os.replace(temporary, self.path / name)
@@ -40,38 +50,54 @@ class RunDirectory:
         return json.loads((self.path / name).read_text())
 
 
-def open_run(recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool) -> tuple[RunDirectory, bool]:
-    """The run directory for a recipe, and whether it continues an earlier start.
+def check_run(recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool) -> Path:
+    """Where a recipe's run goes; nothing is written yet.
 
     Raises:
-        OutputError: it holds another run, can't be written, or there is nothing to resume.
+        OutputError: it holds another run or something else, or there is nothing to resume.
     """
     path = output or Path("runs") / recipe.name
-    present = path.exists() and any(path.iterdir()) if path.is_dir() or not path.exists() else True
+    if not first_process():
+        return path
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; the output must be a directory")
-    if present and not (path / _RECIPE).exists():
+    present = path.is_dir() and any(path.iterdir())
+    # Both files: a recipe.yaml alone may be the user's own, and --overwrite deletes what else lies beside it.
+    if present and not all((path / name).is_file() for name in (_RECIPE, _ENVIRONMENT)):
         raise OutputError(f"{path} holds files that are no run of vpgtrans; choose another --output")
     if present and not resume and not overwrite:
         raise OutputError(f"{path} holds a run already; give --resume, --overwrite, or another --output")
+    anchor = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not anchor.is_dir() or not os.access(anchor, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} can't be written: no permission in {anchor}, or it is no directory")
+    if resume and not present:
+        raise OutputError(f"{path} holds no run to resume; leave --resume out to start one")
     if resume:
-        if not present:
-            raise OutputError(f"{path} holds no run to resume; leave --resume out to start one")
         earlier = load_recipe(path / _RECIPE)
         if recipe_hash(earlier) != recipe_hash(recipe):
             keys = ", ".join(_differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json")))
             raise OutputError(f"{path} was begun with another recipe (differs in {keys}); resume needs the same one")
-        return RunDirectory(path), True
+    return path
+
+
+def create_run(recipe: Recipe, path: Path, *, resume: bool) -> RunDirectory:
+    """The run directory, emptied and with its first files unless an earlier start is continued.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    run = RunDirectory(path)
+    if resume or not first_process():
+        return run
     try:
-        if present:
+        if path.exists():
             shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
         (path / _RECIPE).write_text(dump(recipe))
+        run.write(_ENVIRONMENT, environment())
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-    run = RunDirectory(path)
-    run.write("environment.json", environment())
-    return run, False
+    return run
 
 
 def environment() -> dict[str, Any]:

@@ -4,60 +4,32 @@ import base64
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
-from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig, VPGConfig
+from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
-from vpgtrans.llm import read_embeddings
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
 from vpgtrans.runs.card import model_card
-from vpgtrans.runs.directory import open_run
-from vpgtrans.runs.parts import (
-    Source,
-    check_widths,
-    open_mixture,
-    open_source,
-    open_target,
-    pick_device,
-    visual_tokens,
-)
+from vpgtrans.runs.directory import check_run, create_run, first_process
+from vpgtrans.runs.parts import check_references, open_mixture, open_source, pick_device, readable
+from vpgtrans.runs.start import Start, begin, describe, prepare
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.fit import peak_memory
 from vpgtrans.training.parts import changed_parts
-from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
-from vpgtrans.transfer.probe import Scoring, choose
-from vpgtrans.transfer.scores import CopyTest
 from vpgtrans.vision.preprocess import to_rgb
-from vpgtrans.vlm import VLM, Splice
+from vpgtrans.vlm import VLM
 from vpgtrans.vlm_directory import save_vlm
 
 SAMPLES_SHOWN = 24
 """Held-out images in the report."""
-SCORING_IMAGES = 96
-"""Images on which an initialiser is calibrated and scored before training."""
-
-
-@dataclass
-class Start:
-    """A VLM before its first update, and how it came about."""
-
-    vlm: VLM
-    source: Source
-    initialisation: Initialisation
-    table: list[dict[str, Any]]
-    """Rows of initialisers.json."""
-    train: Mixture
-    validation: Mixture
-    seconds: float
-    """Of the initialiser, its scoring included where it is `auto`: part of the bill."""
 
 
 def transfer(
@@ -99,44 +71,50 @@ def train(
 
 def _journey(recipe: Recipe, *, output: Path | None, resume: bool, overwrite: bool, dry_run: bool, device: str) -> Path:
     started = time.perf_counter()
+    path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
-    if dry_run:
-        begin(recipe, device=where)
-        return output or Path("runs") / recipe.name
-    # Everything that the user may have got wrong is opened before a file of the run is written.
-    source = open_source(recipe.source.vpg, seed=recipe.seed)
-    check_widths(source)
+    # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
+    check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    run, resuming = open_run(recipe, output, resume=resume, overwrite=overwrite)
-    start = begin(recipe, device=where, source=source, train=train_data, validation=validation)
+    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    prepared = prepare(recipe, device=where, source=source, train=train_data)
+    if dry_run:
+        describe(recipe, prepared)
+        return path
+    start = begin(recipe, prepared, validation)
     vlm = start.vlm
+    run = create_run(recipe, path, resume=resume)
     run.write("initialisers.json", start.table)
-    shown = [int(row) for row in np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]]
-    before = _captions(vlm, validation, shown, recipe)
+    order = np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]
+    shown, images = readable(validation, [int(row) for row in order])
+    before = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
     lineage = _lineage(recipe, start)
     run.write("lineage.json", lineage)
     results = run_stages(
         vlm,
         recipe,
         run,
-        train=start.train,
+        train=train_data,
         validation=validation,
-        resume=resuming,
+        resume=resume,
         initial_seconds=start.seconds,
     )
-    scored = list(range(min(recipe.evaluation.samples, len(validation))))
-    predictions = _captions(vlm, validation, scored, recipe)
-    run.write("samples.json", _samples(validation, shown, before, _captions(vlm, validation, shown, recipe)))
+    after = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
+    run.write("samples.json", _samples(validation, shown, images, before, after))
+    predictions, references = _predict(vlm, validation, recipe)
     summary = {
         "name": recipe.name,
         "initialiser": start.initialisation.name,
         "val_loss": results[-1].val_loss,
-        "metrics": score(predictions, [[validation.caption(row)] for row in scored]),
+        "metrics": score(predictions, references),
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
-        "seconds": time.perf_counter() - started,
+        # a resumed run's bill holds what was spent before it was interrupted
+        "seconds": max(time.perf_counter() - started, start.seconds + sum(result.seconds for result in results)),
         "peak_memory_bytes": peak_memory(),
     }
+    if not first_process():
+        return path
     run.write("summary.json", summary)
     changed = changed_parts(recipe.stages)
     save_vlm(
@@ -177,80 +155,30 @@ def _converter_bill(start: Start) -> dict[str, Any]:
     }
 
 
-def begin(
-    recipe: Recipe,
-    *,
-    device: torch.device,
-    source: Source | None = None,
-    train: Mixture | None = None,
-    validation: Mixture | None = None,
-) -> Start:
-    """Open all parts and make the first projector."""
-    source = source or open_source(recipe.source.vpg, seed=recipe.seed)
-    train = train or open_mixture(recipe.data.train)
-    validation = validation or open_mixture(recipe.data.validation)
-    llm = open_target(recipe, device=device)
-    prompt = _prompt(recipe, source)
-    source.vpg.to(device)
-    rows = [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
-    context = Context(
-        source=source.words() if source.words is not None else None,
-        target=read_embeddings(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code),
-        projector=source.projector,
-        projector_config=_projector_config(recipe, source),
-        width_in=source.vpg.width,
-        visual_tokens=visual_tokens(source.vpg, train, rows),
-        captions=[train.caption(row) for row in rows],
-        seed=recipe.seed,
-    )
-
-    started = time.perf_counter()
-    if recipe.initialiser.kind == "auto":
-        held_out = [int(row) for row in np.random.default_rng(2).permutation(len(validation))[:SCORING_IMAGES]]
-        scoring = Scoring(
-            caption_nll=Splice(llm, prompt).caption_nll,
-            visual_tokens=visual_tokens(source.vpg, validation, held_out),
-            captions=[validation.caption(row) for row in held_out],
-            copy_test=CopyTest(context.source, llm) if context.source is not None else None,
-            seed=recipe.seed,
-        )
-        choice = choose(recipe.initialiser, context, scoring=scoring)
-        made, table = choice.initialisation, [row.to_json() for row in choice.rows]
-    else:
-        made = initialise(recipe.initialiser, context)
-        table = [{"name": made.name, "kind": made.kind, "chosen": True, **made.report}]
-    seconds = time.perf_counter() - started
-    vlm = VLM(source.vpg, made.projector.float().to(device), llm, prompt=prompt)
-    return Start(vlm, source, made, table, train, validation, seconds)
+def _predict(vlm: VLM, mixture: Mixture, recipe: Recipe) -> tuple[list[str], list[list[str]]]:
+    """Captions of the held-out images that are scored, and all reference captions of each."""
+    predictions: list[str] = []
+    references: list[list[str]] = []
+    rows = range(min(recipe.evaluation.samples, len(mixture)))
+    for start in range(0, len(rows), 16):
+        kept, images = readable(mixture, rows[start : start + 16])
+        predictions += vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
+        for row in kept:
+            captions, index = mixture.locate(row)
+            references.append(captions.references[index])
+    return predictions, references
 
 
-def _projector_config(recipe: Recipe, source: Source) -> ProjectorConfig:
-    """Of a new projector: the recipe's, else of the source's kind, else the default."""
-    if recipe.target.projector is not None:
-        return recipe.target.projector
-    return source.projector.config.model_copy(update={"tail": False}) if source.projector else ProjectorConfig()
-
-
-def _prompt(recipe: Recipe, source: Source) -> PromptConfig:
-    """The recipe's prompt if it states one, else the source's own."""
-    stated = "prompt" in recipe.model_fields_set
-    return recipe.prompt if stated or source.prompt is None else source.prompt
-
-
-def _captions(vlm: VLM, mixture: Mixture, rows: Sequence[int], recipe: Recipe) -> list[str]:
-    images = [mixture.image(row) for row in rows]
-    return vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
-
-
-def _samples(mixture: Mixture, rows: Sequence[int], before: list[str], after: list[str]) -> list[dict[str, Any]]:
+def _samples(
+    mixture: Mixture, rows: Sequence[int], images: Sequence[Image.Image], before: list[str], after: list[str]
+) -> list[dict[str, Any]]:
     return [
-        {"id": mixture.id(row), "image": _png(mixture.image(row)), "reference": mixture.caption(row),
-         "before": was, "after": now}
-        for row, was, now in zip(rows, before, after, strict=True)
-    ]  # fmt: skip
+        {"id": mixture.id(row), "image": _png(image), "reference": mixture.caption(row), "before": was, "after": now}
+        for row, image, was, now in zip(rows, images, before, after, strict=True)
+    ]
 
 
-def _png(image: Any, *, side: int = 160) -> str:
+def _png(image: Image.Image, *, side: int = 160) -> str:
     picture = to_rgb(image)
     picture.thumbnail((side, side))
     stream = io.BytesIO()

@@ -1,17 +1,19 @@
 """Opening what a recipe names: the source's VPG, the target LLM, the data."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.sources import Mixture, open_captions
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import TransferError
-from vpgtrans.llm import LanguageModel, WordEmbeddings, open_llm, read_embeddings
+from vpgtrans.errors import DataError, TransferError
+from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import resolve
@@ -19,6 +21,8 @@ from vpgtrans.vision import connectors
 from vpgtrans.vision.importers import import_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm_directory import check_base, load_vision
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,19 +96,29 @@ def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device, and the processor set up for training.
 
     Raises:
         TransferError: it isn't there.
     """
+    # Moments of the optimizer decay into denormal numbers, on which a CPU is some twenty times slower. New threads
+    # inherit the setting, so it comes before the first parallel operation.
+    torch.set_flush_denormal(True)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda or cuda:N") from error
+        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TransferError(f"--device {name}: this machine has no usable GPU (see `vpgtrans doctor`)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise TransferError(f"--device {name}: this machine's GPUs are cuda:0 to cuda:{last}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise TransferError("--device mps: this machine has no Apple GPU that torch can use")
     return device
 
 
@@ -122,12 +136,47 @@ def check_widths(source: Source) -> None:
         )
 
 
+def check_references(recipe: Recipe) -> None:
+    """Resolve what a recipe names and read the target's config, before anything large is loaded.
+
+    Raises:
+        ReferenceError_: it doesn't resolve, or the target is no causal LLM. IntegrityError: a checksum differs.
+    """
+    open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
+    if isinstance(recipe.source.vpg, str):
+        resolve(recipe.source.vpg)
+
+
+def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:
+    """Those of the given rows whose image can be read, and the images; the others are logged."""
+    kept: list[int] = []
+    images: list[Image.Image] = []
+    for row in rows:
+        try:
+            images.append(mixture.image(row))
+        except DataError as error:
+            _LOGGER.warning("skipped: %s", error)
+        else:
+            kept.append(row)
+    return kept, images
+
+
 @torch.no_grad()
-def visual_tokens(vpg: VPG, mixture: Mixture, rows: list[int]) -> torch.Tensor:
-    """Visual tokens [n, T, d_vpg] of some images, float32 on the CPU."""
+def visual_tokens(vpg: VPG, mixture: Mixture, rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+    """Visual tokens [n, T, d_vpg] of the readable ones of some images, float32 on the CPU; and which rows these are.
+
+    Raises:
+        DataError: none is readable.
+    """
     parameter = next(vpg.parameters())
-    found = []
+    found, kept = [], []
     for start in range(0, len(rows), 16):
-        pixels = torch.stack([vpg.transform(mixture.image(row)) for row in rows[start : start + 16]])
-        found.append(vpg(pixels.to(parameter.device, parameter.dtype)).float().cpu())
-    return torch.cat(found)
+        some, images = readable(mixture, rows[start : start + 16])
+        if some:
+            pixels = torch.stack([vpg.transform(image) for image in images])
+            found.append(vpg(pixels.to(parameter.device, parameter.dtype)).float().cpu())
+            kept += some
+    if not found:
+        names = ", ".join(mixture.id(row) for row in rows[:5])
+        raise DataError(f"none of {len(rows)} images can be read (samples {names}, …); look at `image` of the data set")
+    return torch.cat(found), kept

@@ -1,0 +1,235 @@
+"""`compare`: the same target, data order, seeds and validation set from several starts. What did a transfer save?
+
+scratch     the encoder as it comes, connector and projector random; all budget in the last stage
+inherit     the trained VPG, a random norm-matched projector; all budget in the last stage, no warm-up
+transfer    the recipe as it stands
+others      the recipe with that initialiser
+
+scratch and inherit run the first seed at each of `compare.lr_factors` times the recipe's rates; the better one counts
+and serves the other seeds. Every arm sees the same samples in the same order for the same number of samples.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from vpgtrans.config import InitialiserConfig, VPGConfig
+from vpgtrans.errors import RecipeError
+from vpgtrans.recipe import ARMS, Budget, Recipe, Stage
+from vpgtrans.report import compare_plot, write_compare_report
+from vpgtrans.runs.directory import RunDirectory, check_run, create_run
+from vpgtrans.runs.parts import check_references, fresh_connector, open_mixture, open_source, pick_device
+from vpgtrans.runs.start import begin, prepare
+from vpgtrans.runs.training import run_stages
+from vpgtrans.transfer.initialisers import initialise
+
+_LOGGER = logging.getLogger(__name__)
+
+SCRATCH, INHERIT, TRANSFER = "scratch", "inherit", "transfer"
+DEFINITIONS = {
+    SCRATCH: "the encoder as it comes, connector and projector random; all budget in the fine-tune, "
+    "the better of the tried learning rates",
+    INHERIT: "the trained VPG, a random norm-matched projector; no warm-up, all budget in the fine-tune, "
+    "the better of the tried learning rates",
+    TRANSFER: "the recipe as it stands: initialiser, warm-up, fine-tune",
+}
+
+Curve = list[tuple[int, float]]
+
+
+def compare(
+    recipe: Recipe,
+    *,
+    arms: list[str] | None = None,
+    seeds: int | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Run the arms and write summary.json, report.html and curves.png; finished arms of a resumed run are kept.
+
+    Raises:
+        RecipeError: the recipe builds a VPG from scratch, or budgets are not in samples.
+    """
+    if isinstance(recipe.source.vpg, VPGConfig):
+        raise RecipeError("source.vpg builds a VPG from scratch; compare needs a trained one to transfer")
+    if any(stage.budget.samples is None for stage in recipe.stages):
+        raise RecipeError("stages[].budget: compare counts samples; give every stage budget: {samples: N}")
+    arms, count = list(dict.fromkeys(arms or recipe.compare.arms)), seeds or recipe.compare.seeds
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise RecipeError(f"compare.arms: no arm {', '.join(unknown)}; known: {', '.join(ARMS)}")
+    if recipe.trainer.devices != 1:
+        # one arm after the other, each alone: seconds and memory of an arm are its own
+        recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})
+    path = check_run(recipe, output, resume=resume, overwrite=overwrite)
+    where = pick_device(device)
+    _check(recipe, arms, where)
+    run = create_run(recipe, path, resume=resume)
+    curves: dict[str, list[Curve]] = {}
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        results = _arm(recipe, arm, count, run, where)
+        curves[arm] = [[(int(samples), float(loss)) for samples, loss in result["curve"]] for result in results]
+        figures[arm] = results
+    summary = {
+        "name": recipe.name,
+        "arms": {
+            arm: {
+                "val_loss": [min(loss for _, loss in curve) for curve in curves[arm]],
+                "final_val_loss": [curve[-1][1] for curve in curves[arm]],
+                "curve": _median_curve(curves[arm]),
+                "curves": curves[arm],
+                "seconds": [result["seconds"] for result in figures[arm]],
+                "lr_factor": figures[arm][0]["lr_factor"],
+                "initialiser": figures[arm][0]["initialiser"],
+            }
+            for arm in arms
+        },
+        "speedup": speedups(curves, SCRATCH, floor=recipe.stages[0].batch_size),
+        "speedup_over_inherit": speedups(curves, INHERIT, floor=recipe.stages[0].batch_size),
+        "definitions": {arm: DEFINITIONS.get(arm, f"the recipe with initialiser {arm}") for arm in arms},
+        "budget": {"samples": _total(recipe)},
+        "seeds": count,
+    }
+    run.write("summary.json", summary)
+    compare_plot(summary, run.path / "curves.png")
+    write_compare_report(run.path)
+    return summary
+
+
+def _check(recipe: Recipe, arms: list[str], device: torch.device) -> None:
+    """Open all that the arms need and make their first projectors, so that nothing is written where one can't be.
+
+    Raises:
+        UserError, IntegrityError: what an arm would stop at.
+    """
+    check_references(recipe)
+    train, _ = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
+    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    configs = [arm_recipe(recipe, arm, seed=recipe.seed, factor=1.0).initialiser for arm in arms]
+    moved = [config for config in configs if config.kind not in ("random", "inherit")]
+    widest = recipe.model_copy(update={"initialiser": (moved or configs)[0]})
+    context = prepare(widest, device=device, source=source, train=train).context
+    for config in moved:
+        if config.kind == "auto":
+            context.pairs()
+        else:
+            initialise(config, context)
+
+
+def speedups(curves: dict[str, list[Curve]], base: str, *, floor: int = 1) -> dict[str, dict[str, Any] | None]:
+    """Samples that `base` needed for its best validation loss ÷ samples until an arm first reached it, seed by seed.
+
+    `floor`: an arm that is there before its first update is counted with this many samples. A seed whose arm never
+    reaches it counts as 0 in the median and as null in `per_seed`; an arm whose median is 0 is null.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    if base not in curves:
+        return found
+    for arm, runs in curves.items():
+        if arm == base:
+            continue
+        ratios: list[float | None] = []
+        for reference, curve in zip(curves[base], runs, strict=True):
+            needed, best = min(reference, key=lambda point: point[1])
+            reached = next((samples for samples, loss in curve if loss <= best), None)
+            ratios.append(None if reached is None else max(needed, floor) / max(reached, floor))
+        middle = median(ratio or 0.0 for ratio in ratios)
+        reached_by = [ratio for ratio in ratios if ratio is not None]
+        found[arm] = (
+            {
+                "median": middle,
+                "min": min(reached_by) if len(reached_by) == len(ratios) else None,
+                "max": max(reached_by),
+                "per_seed": ratios,
+            }
+            if middle > 0
+            else None
+        )
+    return found
+
+
+def arm_recipe(recipe: Recipe, arm: str, *, seed: int, factor: float) -> Recipe:
+    """The recipe of one arm and seed."""
+    changes: dict[str, Any] = {"seed": seed}
+    if arm in (SCRATCH, INHERIT):
+        changes["initialiser"] = InitialiserConfig(kind="random" if arm == SCRATCH else "inherit")
+        changes["stages"] = [_whole_budget(recipe, factor)]
+    elif arm != TRANSFER:
+        changes["initialiser"] = recipe.initialiser.model_copy(update={"kind": arm})
+    return recipe.model_copy(update=changes)
+
+
+def _whole_budget(recipe: Recipe, factor: float) -> Stage:
+    """The last stage with the budget of all stages, its rates times `factor`."""
+    last = recipe.stages[-1]
+    rate = {part: lr * factor for part, lr in last.lr.items()} if isinstance(last.lr, dict) else last.lr * factor
+    return last.model_copy(update={"lr": rate, "budget": Budget(samples=_total(recipe))})
+
+
+def _total(recipe: Recipe) -> int:
+    return sum(stage.budget.samples or 0 for stage in recipe.stages)
+
+
+def _arm(recipe: Recipe, arm: str, seeds: int, run: RunDirectory, device: torch.device) -> list[dict[str, Any]]:
+    """Results of all seeds of an arm; the learning rate is chosen on the first."""
+    factors = list(recipe.compare.lr_factors) if arm in (SCRATCH, INHERIT) else [1.0]
+    tried = [_one(recipe, arm, recipe.seed, factor, run, device) for factor in factors]
+    best = min(tried, key=lambda result: min(loss for _, loss in result["curve"]))
+    factor = best["lr_factor"]
+    return [best] + [_one(recipe, arm, recipe.seed + k, factor, run, device) for k in range(1, seeds)]
+
+
+def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, device: torch.device) -> dict[str, Any]:
+    """One arm, one seed, one learning rate; a finished one is read back."""
+    name = f"{arm}-seed{seed}" + (f"-lr{factor:g}" if arm in (SCRATCH, INHERIT) else "")
+    directory = RunDirectory(run.path / "arms" / name)
+    done = directory.path / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    _LOGGER.info("arm %s", name)
+    chosen = arm_recipe(recipe, arm, seed=seed, factor=factor)
+    source = open_source(chosen.source.vpg, seed=seed)
+    if arm == SCRATCH:
+        source.vpg = fresh_connector(source.vpg, seed=seed)
+    train, validation = open_mixture(chosen.data.train), open_mixture(chosen.data.validation)
+    start = begin(chosen, prepare(chosen, device=device, source=source, train=train), validation)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.metrics.unlink(missing_ok=True)
+    results = run_stages(
+        start.vlm,
+        chosen,
+        directory,
+        train=train,
+        validation=validation,
+        resume=False,
+        keep_checkpoints=False,
+        initial_seconds=start.seconds,
+    )
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    curve = {line["samples"]: line["val_loss"] for line in lines if "val_loss" in line}
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "lr_factor": factor,
+        "initialiser": start.initialisation.name,
+        "curve": sorted(curve.items()),
+        "seconds": start.seconds + sum(stage.seconds for stage in results),
+        "initialiser_seconds": start.seconds,
+        "stages": [asdict(stage) for stage in results],
+    }
+    directory.write("result.json", result)
+    return result
+
+
+def _median_curve(curves: list[Curve]) -> list[list[float]]:
+    """Median over seeds at the samples that every seed was validated at."""
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return [[samples, median(table[samples] for table in tables)] for samples in shared]

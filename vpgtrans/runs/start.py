@@ -1,0 +1,155 @@
+"""Before the first update: the parts opened, the first projector made, its rivals scored."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
+from vpgtrans.data.sources import Mixture
+from vpgtrans.llm import LanguageModel, embeddings_of
+from vpgtrans.recipe import Recipe
+from vpgtrans.runs.parts import Source, check_widths, open_target, visual_tokens
+from vpgtrans.transfer.converters import fit
+from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
+from vpgtrans.transfer.probe import Choice, Scoring, choose
+from vpgtrans.transfer.scores import CopyTest, word_scores
+from vpgtrans.vlm import VLM, Splice
+
+_LOGGER = logging.getLogger(__name__)
+
+SCORING_IMAGES = 96
+"""Images on which an initialiser is calibrated, and as many held-out ones on which it is scored."""
+
+
+@dataclass
+class Prepared:
+    """All that is open before a projector for the target exists."""
+
+    source: Source
+    llm: LanguageModel
+    prompt: PromptConfig
+    context: Context
+    device: torch.device
+
+
+@dataclass
+class Start:
+    """A VLM before its first update, and how it came about."""
+
+    vlm: VLM
+    source: Source
+    initialisation: Initialisation
+    table: list[dict[str, Any]]
+    """Rows of initialisers.json."""
+    seconds: float
+    """Of the initialiser, its scoring included where it is `auto`: part of the bill."""
+
+
+def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixture) -> Prepared:
+    """Open the target LLM and gather what initialisers may use.
+
+    Raises:
+        ReferenceError_, CheckpointError, TransferError: what doesn't open or doesn't fit.
+    """
+    check_widths(source)
+    llm = open_target(recipe, device=device)
+    source.vpg.to(device)
+    rows = [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
+    tokens, rows = visual_tokens(source.vpg, train, rows)
+    # What starts at random needs no source LLM, so it need not be there.
+    words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
+    context = Context(
+        source=words() if words is not None else None,
+        target=embeddings_of(llm, trust_remote_code=recipe.target.trust_remote_code),
+        projector=source.projector,
+        projector_config=_projector_config(recipe, source),
+        width_in=source.vpg.width,
+        visual_tokens=tokens,
+        captions=[train.caption(row) for row in rows],
+        seed=recipe.seed,
+    )
+    return Prepared(source, llm, _prompt(recipe, source), context, device)
+
+
+def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Choice:
+    """Make and score the initialisers that the context allows; the one that `auto` takes is marked."""
+    context = prepared.context
+    rows = [int(row) for row in np.random.default_rng(2).permutation(len(validation))[:SCORING_IMAGES]]
+    tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows)
+    scoring = Scoring(
+        caption_nll=Splice(prepared.llm, prepared.prompt).caption_nll,
+        visual_tokens=tokens,
+        captions=[validation.caption(row) for row in held_out],
+        copy_test=CopyTest(context.source, prepared.llm) if context.source is not None else None,
+        seed=recipe.seed,
+    )
+    return choose(recipe.initialiser, context, scoring=scoring)
+
+
+def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
+    """Make the first projector and join the parts.
+
+    Raises:
+        TransferError: the initialiser can't be made from what there is; the tokenizers share too few tokens.
+    """
+    started = time.perf_counter()
+    if recipe.initialiser.kind == "auto":
+        if prepared.context.source is not None:
+            prepared.context.pairs()  # raises: quietly taking `inherit` is not what a transfer was asked for
+        choice = score_candidates(recipe, prepared, validation)
+        made, table = choice.initialisation, [row.to_json() for row in choice.rows]
+        seconds = time.perf_counter() - started
+    else:
+        made = initialise(recipe.initialiser, prepared.context)
+        seconds = time.perf_counter() - started
+        quality = _word_quality(recipe.initialiser, prepared.context)
+        table = [{"name": made.name, "kind": made.kind, "chosen": True, **made.report, **quality}]
+    note = f" ({made.report['note']})" if made.report.get("note") else ""
+    _LOGGER.info("first projector: %s%s, %.1f s", made.name, note, seconds)
+    projector = made.projector.float().to(prepared.device)
+    vlm = VLM(prepared.source.vpg, projector, prepared.llm, prompt=prepared.prompt)
+    return Start(vlm, prepared.source, made, table, seconds)
+
+
+def describe(recipe: Recipe, prepared: Prepared) -> None:
+    """Say what a run would do: the trainable table and the length of every stage."""
+    source, llm = prepared.source, prepared.llm
+    _LOGGER.info(
+        "%d visual tokens of width %d into %s, width %d", source.vpg.tokens, source.vpg.width, llm.reference, llm.width
+    )
+    for stage in recipe.stages:
+        budget = f"{stage.budget.samples:,} samples" if stage.budget.samples else f"{stage.budget.tokens:,} tokens"
+        modes = ", ".join(f"{part} {mode}" for part, mode in stage.trainable.items())
+        rates = ", ".join(f"{part} {rate:g}" for part, rate in stage.rates.items())
+        _LOGGER.info("stage %s: %s in batches of %d; %s; lr %s", stage.name, budget, stage.batch_size, modes, rates)
+
+
+def _word_quality(config: InitialiserConfig, context: Context) -> dict[str, float]:
+    """How well the converter carries words that it was not fitted on, from a second fit that is not on the bill."""
+    if config.kind not in ("converter", "caption-fit"):
+        return {}
+    train, test = context.pairs().split(seed=context.seed)
+    converter = fit(config, *context.rows(train), anchors=context.source_prompts())
+    scores = word_scores(converter, *context.rows(test))
+    return {
+        "centred_cosine": scores.centred_cosine,
+        "recall_at_1": scores.recall_at_1,
+        "norm_ratio": scores.norm_ratio,
+    }
+
+
+def _projector_config(recipe: Recipe, source: Source) -> ProjectorConfig:
+    """Of a new projector: the recipe's, else of the source's kind, else the default."""
+    if recipe.target.projector is not None:
+        return recipe.target.projector
+    return source.projector.config.model_copy(update={"tail": False}) if source.projector else ProjectorConfig()
+
+
+def _prompt(recipe: Recipe, source: Source) -> PromptConfig:
+    """The recipe's prompt if it states one, else the source's own."""
+    stated = "prompt" in recipe.model_fields_set
+    return recipe.prompt if stated or source.prompt is None else source.prompt

@@ -1,0 +1,142 @@
+"""`evaluate`, `caption`, `probe` and `validate`: using what there is, without training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpgtrans.config import VPGConfig
+from vpgtrans.data.config import DataSource
+from vpgtrans.data.sources import Mixture, open_captions
+from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
+from vpgtrans.evaluation.metrics import score
+from vpgtrans.llm import open_config
+from vpgtrans.recipe import Recipe
+from vpgtrans.references import resolve
+from vpgtrans.runs.parts import check_references, check_widths, open_mixture, open_source, pick_device, readable
+from vpgtrans.runs.start import prepare, score_candidates
+from vpgtrans.vision.importers import importable
+from vpgtrans.vlm_directory import load_vlm
+
+
+def caption(
+    vlm: str, images: list[Path], *, prompt: str | None = None, max_new_tokens: int = 32, device: str = "auto"
+) -> list[dict[str, str]]:
+    """A caption for each image: `[{"image", "caption"}]`.
+
+    Raises:
+        ReferenceError_, CheckpointError: the VLM. DataError: an image can't be read.
+    """
+    opened = load_vlm(vlm, device=pick_device(device))
+    written = opened.generate(list(images), prompt, max_new_tokens=max_new_tokens)
+    return [{"image": str(image), "caption": text} for image, text in zip(images, written, strict=True)]
+
+
+@torch.no_grad()
+def evaluate(
+    vlm: str,
+    *,
+    data: list[str],
+    samples: int | None = None,
+    max_new_tokens: int = 32,
+    device: str = "auto",
+) -> dict[str, dict[str, Any]]:
+    """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
+
+    Raises:
+        DataError: a data set doesn't open. ReferenceError_, CheckpointError: the VLM.
+    """
+    sets = {}
+    for name in data:
+        dataset, split = _dataset_and_split(name)
+        sets[name] = open_captions(DataSource(dataset=dataset, split=split, limit=samples))
+    opened = load_vlm(vlm, device=pick_device(device))
+    found: dict[str, dict[str, Any]] = {}
+    for name, captions in sets.items():
+        nll = tokens = 0.0
+        predictions: list[str] = []
+        references: list[list[str]] = []
+        mixture = Mixture([(captions, 1.0)])
+        for start in range(0, len(captions), 16):
+            rows, images = readable(mixture, range(start, min(start + 16, len(captions))))
+            if not rows:
+                continue
+            prompts = opened.prompts_from(opened.visual_tokens(images).float())
+            sums, counts = opened.splice.caption_nll(prompts, [captions.captions[row] for row in rows])
+            nll, tokens = nll + sums.sum().item(), tokens + counts.sum().item()
+            predictions += opened.splice.write(prompts, opened.prompt.template, max_new_tokens=max_new_tokens)
+            references += [captions.references[row] for row in rows]
+        if not predictions:
+            raise DataError(f"{name}: none of its {len(captions)} images can be read")
+        found[name] = {"val_loss": nll / tokens, **score(predictions, references)}
+        if unreadable := len(captions) - len(predictions):
+            found[name]["unreadable"] = unreadable
+    return found
+
+
+def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -> list[dict[str, Any]]:
+    """Score every initialiser without training; the row that `auto` would take is marked `chosen`.
+
+    Raises:
+        RecipeError: the recipe has no source to transfer.
+    """
+    if isinstance(recipe.source.vpg, VPGConfig):
+        raise RecipeError("source.vpg builds a VPG from scratch; there is nothing to initialise from")
+    where = pick_device(device)
+    if output is not None and output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; the output must be a directory")
+    check_references(recipe)
+    train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
+    # All kinds are tried whichever the recipe takes, its other settings kept.
+    recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "auto"})})
+    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    prepared = prepare(recipe, device=where, source=source, train=train)
+    choice = score_candidates(recipe, prepared, validation)
+    rows = [row.to_json() for row in choice.rows]
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "initialisers.json").write_text(json.dumps(rows, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"{output} can't be written: {error.strerror or error}") from error
+    return rows
+
+
+def validate(recipe: Recipe) -> dict[str, Any]:
+    """Check that references resolve and data opens, without loading an LLM's weights.
+
+    Raises:
+        ReferenceError_, DataError, TransferError: what doesn't.
+    """
+    found: dict[str, Any] = {}
+    resolved = None if isinstance(recipe.source.vpg, VPGConfig) else resolve(recipe.source.vpg)
+    if resolved is not None:
+        found["source"] = str(resolved.path)
+    found["target"] = str(resolve(recipe.target.llm).path)
+    config = open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
+    found["target_model"] = config.get_text_config().model_type
+    for role, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        found[f"{role}_samples"] = sum(len(open_captions(source)) for source in sources)
+    if resolved is not None and resolved.kind != "vlm":
+        found["source_model"] = importable(resolved.path)
+    elif resolved is not None:
+        # our own VPGs are a few megabytes, and reading them checks their hashes
+        source = open_source(resolved.reference, seed=recipe.seed)
+        check_widths(source)
+        found["visual_tokens"] = source.vpg.tokens
+        if recipe.initialiser.kind == "keep" and source.projector is not None:
+            width = getattr(config.get_text_config(), "hidden_size", source.projector.width_out)
+            if width != source.projector.width_out:
+                raise TransferError(
+                    f"initialiser keep: the projector gives width {source.projector.width_out}, the target has {width}"
+                )
+    return found
+
+
+def _dataset_and_split(name: str) -> tuple[str, str]:
+    """`openmoji:test` -> (openmoji, test); a path or `hf:` reference keeps its own colons."""
+    head, colon, tail = name.rpartition(":")
+    if not colon or Path(name).exists() or head == "hf" or "/" in tail:
+        return name, "validation" if name == "openmoji" else "train"
+    return head, tail
