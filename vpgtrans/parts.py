@@ -23,7 +23,16 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -
     Raises:
         CheckpointError: a tensor is missing, extra or has another shape; the message names it and `where`.
     """
-    expected = module.state_dict()
+    check_fit(module.state_dict(), state, what=type(module).__name__, where=where)
+    module.load_state_dict(dict(state), strict=True)
+
+
+def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, what: str, where: str) -> None:
+    """Compare the names and shapes of `state` with those of `what`.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing, extra or mis-shaped, and `where`.
+    """
     problems = [f"missing {name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in state]
     problems += [f"unexpected {name} {list(tensor.shape)}" for name, tensor in state.items() if name not in expected]
     for name, tensor in state.items():
@@ -32,8 +41,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -
     if problems:
         shown = "; ".join(problems[:8])
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{where}: the weights do not fit the {type(module).__name__}: {shown}{more}")
-    module.load_state_dict(dict(state), strict=True)
+        raise CheckpointError(f"{where}: the weights do not fit the {what}: {shown}{more}")
 
 
 def save_part(directory: str | Path, config: Mapping[str, Any], *, state: Mapping[str, Tensor] | None) -> None:

@@ -17,9 +17,10 @@ import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 
+from vpgtrans.adapters import open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
-from vpgtrans.llm import Fingerprint, LanguageModel, open_llm
+from vpgtrans.llm import Fingerprint, open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
 from vpgtrans.references import Resolved, file_sha256, resolve
@@ -74,12 +75,14 @@ def save_vlm(
     }
     save_part(temporary / "connector", connector_config, state=connector.state_dict())
     vlm.projector.save(temporary / "projector")
-    adapted = isinstance(vlm.language_model, PeftModel)
+    model: Any = vlm.language_model
+    adapted = isinstance(model, PeftModel)
     if adapted:
-        vlm.language_model.save_pretrained(temporary / "adapter")
+        # Not "auto": peft would look the base up on the hub, to see if its vocabulary has grown.
+        model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
     if llm_trained:
-        base = vlm.language_model.get_base_model() if adapted else vlm.language_model
-        base.save_pretrained(temporary / "llm")  # type: ignore[operator]
+        base = model.get_base_model() if adapted else model
+        base.save_pretrained(temporary / "llm")
         vlm.llm.tokenizer.save_pretrained(temporary / "llm")
     (temporary / "README.md").write_text(card)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -177,7 +180,7 @@ def load_vlm(
     if not described["trained"]:
         check_base(vision.fingerprint, llm.fingerprint, where=str(directory))
     if described["adapter"]:
-        _attach_adapter(llm, directory / "adapter")
+        llm.model = open_adapter(llm.model, directory / "adapter")
     vlm = VLM(vision.vpg, vision.projector, llm, prompt=vision.prompt)
     return vlm.to(device).eval().requires_grad_(False)
 
@@ -223,23 +226,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
     return manifest
-
-
-def _attach_adapter(llm: LanguageModel, directory: Path) -> None:
-    adapted = PeftModel.from_pretrained(llm.model, str(directory))
-    wanted = {name for name in adapted.state_dict() if "lora_A" in name.split(".") or "lora_B" in name.split(".")}
-    stored = read_adapter_names(directory)
-    if len(wanted) != len(stored):
-        raise CheckpointError(f"{directory}: the adapter holds {len(stored)} tensors, the model takes {len(wanted)}")
-    llm.model = adapted
-
-
-def read_adapter_names(directory: Path) -> set[str]:
-    """The names of an adapter's tensors."""
-    from safetensors import safe_open
-
-    with safe_open(directory / "adapter_model.safetensors", "pt") as stored:
-        return set(stored.keys())
 
 
 def _vlm_directory(reference: str) -> Resolved:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from vpgtrans.adapters import adapter_state, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
-from vpgtrans.errors import CheckpointError
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
 from vpgtrans.recipe import Stage
@@ -42,7 +42,7 @@ def add_adapter(vlm: VLM, config: LoRAConfig) -> None:
     )
     adapted.peft_config["default"].base_model_name_or_path = vlm.llm.reference
     vlm.language_model = adapted
-    vlm.llm.model = adapted  # type: ignore[assignment]
+    vlm.llm.model = adapted
 
 
 def set_trainable(vlm: VLM, stage: Stage) -> None:
@@ -107,7 +107,7 @@ def take_state(vlm: VLM, changed: dict[Part, Mode]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for part, mode in changed.items():
         module = part_module(vlm, part)
-        tensors = get_peft_model_state_dict(module) if mode == "lora" else module.state_dict()
+        tensors = adapter_state(module) if mode == "lora" else module.state_dict()
         state |= {f"{part}/{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     return state
 
@@ -122,12 +122,5 @@ def put_state(vlm: VLM, state: dict[str, Tensor], changed: dict[Part, Mode], *, 
     for part, mode in changed.items():
         prefix = f"{part}/"
         tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        module = part_module(vlm, part)
-        if mode != "lora":
-            load_strict(module, tensors, where=f"{where}, {part}")
-            continue
-        wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(module).items()}
-        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
-            odd = sorted(wanted.keys() ^ tensors.keys())[:3]
-            raise CheckpointError(f"{where}: the adapter does not fit this LLM (tensors that differ: {odd})")
-        set_peft_model_state_dict(module, tensors)
+        put = put_adapter if mode == "lora" else load_strict
+        put(part_module(vlm, part), tensors, where=f"{where}, {part}")
