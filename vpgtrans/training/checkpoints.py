@@ -5,6 +5,7 @@ Only one good one is needed to go on, and the last two are kept.
 """
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vpgtrans.errors import CheckpointError
 from vpgtrans.references import file_sha256
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Progress:
     seconds: float = 0.0
     stage_start: dict[str, float] = field(default_factory=lambda: {"samples": 0, "text_tokens": 0, "seconds": 0.0})
     best: dict[str, Any] = field(default_factory=dict)
-    """val_loss, samples, stage and update of the best validation in this stage."""
+    """val_loss, samples and update of the best validation in this stage."""
     finished: list[dict[str, Any]] = field(default_factory=list)
     """Results of the stages that are done."""
 
@@ -51,16 +55,21 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, in `directory`."""
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path, *, keep: int = 2, writes: bool = True):
+        """writes: whether `save` does anything; of several processes only the first one's does."""
         self.directory = directory
         self.keep = keep
+        self.writes = writes
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint so that it is there whole or not at all."""
+        if not self.writes:
+            return
         progress = checkpoint.progress
         target = self.directory / f"{progress.stage:02d}-{progress.update:08d}"
+        for left in self.directory.glob(".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it wrote
         temporary = self.directory / f".{target.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
         save_file(checkpoint.state, temporary / "state.safetensors")
@@ -74,9 +83,11 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _sync(self.directory)
-        for old in self._all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
+        # What sorts after this one is damaged, or the run would have gone on from it.
+        kept = [path for path in self._all() if path.name <= target.name][-self.keep :]
+        for other in self._all():
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
 
     def load(self) -> Checkpoint | None:
         """The newest whole checkpoint, None if there is none at all.
@@ -88,7 +99,8 @@ class Checkpoints:
         for directory in reversed(self._all()):
             try:
                 return self._read(directory)
-            except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
+                _LOGGER.warning("%s is passed over: %s", directory, error)
                 problems.append(f"{directory}: {error}")
         if problems:
             raise CheckpointError("no checkpoint is whole:\n" + "\n".join(problems))
@@ -100,6 +112,8 @@ class Checkpoints:
 
     def _read(self, directory: Path) -> Checkpoint:
         hashes = json.loads((directory / "manifest.json").read_text())
+        if not isinstance(hashes, dict) or not hashes:
+            raise CheckpointError("manifest.json lists no files")
         for name, expected in hashes.items():
             if file_sha256(directory / name) != expected:
                 raise CheckpointError(f"{name} is damaged: its sha256 is not the manifest's")

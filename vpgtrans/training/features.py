@@ -8,7 +8,9 @@ the numbers depend on: the frozen parts' weights and configs, the preprocessing,
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -34,8 +36,11 @@ _LOGGER = logging.getLogger(__name__)
 class Images(Protocol):
     """What a data set must offer to be cached."""
 
-    ids: Sequence[str]
-    fingerprint: str
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -108,9 +113,17 @@ class FeatureCache:
         key = hashlib.sha256(f"{front.key()} {images.fingerprint}".encode()).hexdigest()[:32]
         self.directory = (directory or cache_dir() / "features") / key
         self._reasons: dict[int, str] = {}
+        self._array: np.memmap | None = None
 
-    def ensure(self, rows: Sequence[int], *, batch_size: int = 16, title: str = "features") -> None:
-        """Compute the given rows that are not there yet, with a progress bar."""
+    def ensure(
+        self,
+        rows: Sequence[int],
+        *,
+        batch_size: int = 16,
+        title: str = "features",
+        each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Compute the given rows that are not there yet, with a progress bar; `each` is called before every batch."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.directory / "lock")):
             flags = self._flags()
@@ -119,8 +132,8 @@ class FeatureCache:
             if not todo:
                 return
             _LOGGER.info("computing %s of %d images into %s", title, len(todo), self.directory)
-            data: np.memmap | None = None
             for start in track(range(0, len(todo), batch_size), title):
+                each()
                 chunk = todo[start : start + batch_size]
                 readable, pictures = [], []
                 for row in chunk:
@@ -132,11 +145,11 @@ class FeatureCache:
                         flags[row] = _UNREADABLE
                 if readable:
                     features = self.front(pictures)
-                    data = self._data(features.shape[1:]) if data is None else data
+                    data = self._data(features.shape[1:])
                     data[readable] = features.view(_STORAGE[features.dtype]).numpy()
                     data.flush()
                     flags[readable] = _STORED
-                (self.directory / "unreadable.json").write_text(json.dumps(self._reasons))
+                self._write("unreadable.json", json.dumps(self._reasons).encode())
                 flags.flush()
 
     def unreadable(self, rows: Sequence[int]) -> list[Unreadable]:
@@ -145,8 +158,10 @@ class FeatureCache:
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), ...] in the stored dtype; the rows must have been ensured and be readable."""
-        shape = json.loads((self.directory / "shape.json").read_text())
-        array = self._data(torch.Size(shape))[list(rows)]
+        if self._array is None:
+            self._data(torch.Size(json.loads((self.directory / "shape.json").read_text())))
+        assert self._array is not None
+        array = self._array[list(rows)]
         return torch.from_numpy(np.ascontiguousarray(array)).view(self.front.dtype)
 
     # --- files ----------------------------------------------------------------------------------
@@ -154,14 +169,24 @@ class FeatureCache:
     def _flags(self) -> np.memmap:
         path = self.directory / "flags.u8"
         if not path.exists():
-            np.zeros(len(self.images), dtype=np.uint8).tofile(path)
+            self._write(path.name, bytes(len(self.images)))
         return np.memmap(path, dtype=np.uint8, mode="r+", shape=(len(self.images),))
 
     def _data(self, row_shape: torch.Size) -> np.memmap:
-        path, shape = self.directory / "rows.bin", (len(self.images), *row_shape)
-        (self.directory / "shape.json").write_text(json.dumps(list(row_shape)))
-        mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
-        return np.memmap(path, dtype=_NUMPY[self.front.dtype], mode=mode, shape=shape)
+        if self._array is None:
+            path, shape = self.directory / "rows.bin", (len(self.images), *row_shape)
+            kind = np.dtype(_NUMPY[self.front.dtype])
+            made = path.exists() and path.stat().st_size == math.prod(shape) * kind.itemsize
+            if not made:
+                self._write("shape.json", json.dumps(list(row_shape)).encode())
+            self._array = np.memmap(path, dtype=kind, mode="r+" if made else "w+", shape=shape)
+        return self._array
+
+    def _write(self, name: str, content: bytes) -> None:
+        """A small file, whole or not at all."""
+        temporary = self.directory / f".{name}.{os.getpid()}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.directory / name)
 
     def _load_reasons(self) -> None:
         path = self.directory / "unreadable.json"

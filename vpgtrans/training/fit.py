@@ -3,9 +3,10 @@
 import json
 import logging
 import math
+import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vpgtrans.config import Mode, Part
 from vpgtrans.data.sources import Mixture
+from vpgtrans.errors import RecipeError
 from vpgtrans.progress import bar
 from vpgtrans.recipe import Recipe, Stage, TrainerConfig
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
@@ -26,6 +28,7 @@ from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
 from vpgtrans.training.samples import BadSamples, Batch, Samples
+from vpgtrans.training.stopping import Stopped, StopSignals
 from vpgtrans.vlm import VLM
 
 _LOGGER = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class Updates(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self.rows():
-            yield self.samples.fetch(rows[self.rank :: self.world])
+            yield self.samples.fetch([int(row) for row in rows[self.rank :: self.world]])
 
 
 class Validator:
@@ -87,7 +90,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, module: StageModule) -> float:
-        """The weighted sum of the stage's losses over all validation samples."""
+        """The caption loss, in nats a token, over all validation samples; where it is not trained, what is."""
         module.eval()
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
@@ -95,7 +98,7 @@ class Validator:
             batch = self.samples.fetch(self.rows[start : start + self.batch_size])
             for name, (summed, _) in module.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + summed.item()
-                weight = module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)  # type: ignore[operator]
+                weight = module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)
                 weights[name] = weights.get(name, 0.0) + weight
         module.train()
         # The caption loss alone where it is there: it is what arms and stages are compared by.
@@ -106,20 +109,35 @@ class Validator:
 class RunLog:
     """`metrics.jsonl`: a line per logged update and per validation."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, writes: bool = True):
+        """writes: whether `write` does anything; of several processes only the first one's does."""
         self.path = path
+        self.writes = writes
 
     def write(self, **figures: Any) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as stream:
             stream.write(json.dumps(figures) + "\n")
 
-    def cut(self, progress: Progress) -> None:
-        """Drop what a run that is resumed here wrote after its checkpoint."""
-        if not self.path.exists():
+    def cut(self, progress: Progress, stage: str) -> None:
+        """Drop what a run that is resumed here, in `stage`, wrote after its checkpoint."""
+        if not self.path.exists() or not self.writes:
             return
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        kept = [line for line in lines if line["samples"] <= progress.samples]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        finished = {result["name"] for result in progress.finished}
+        kept = []
+        for text in self.path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # the process was killed while it wrote
+            # At update 0 a stage validates anew.
+            current = line["stage"] == stage and progress.update > 0 and line["update"] <= progress.update
+            if line["stage"] in finished or current:
+                kept.append(text + "\n")
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
 
 
 @dataclass
@@ -145,6 +163,7 @@ class _Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.clock = time.perf_counter()
+        self.run.stop.install()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         run, module = self.run, self.run.module
@@ -155,15 +174,23 @@ class _Watch(L.Callback):
         run.progress.samples += run.stage.batch_size
         run.progress.text_tokens += int(module.last["text_tokens"])
         every = max(1, run.updates // 400)
-        if trainer.is_global_zero and (module.done % every == 0 or module.done == run.updates):
+        if module.done % every == 0 or module.done == run.updates:
             run.log.write(**run.position(), **{k: v for k, v in module.last.items() if k != "text_tokens"})
         run.show(module.last["loss"])
         if module.done % run.validate_every == 0 or module.done == run.updates:
             run.validate()
             self.clock = time.perf_counter()
-        if trainer.is_global_zero and run.stop_asked():
+        # All processes stop at the same update, whichever of them the signal reached.
+        if trainer.strategy.reduce_boolean_decision(run.stop.asked, all=False):
             run.save()
-            raise KeyboardInterrupt
+            raise Stopped
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:
+            listed: list[dict[str, str]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(listed, self.run.bad.bad)
+            for bad in listed:
+                self.run.bad.bad |= bad
 
 
 class StageRun:
@@ -183,7 +210,7 @@ class StageRun:
         progress: Progress,
         changed: dict[Part, Mode],
         accelerator: str = "auto",
-        stop_asked: Callable[[], bool] = lambda: False,
+        stop: StopSignals | None = None,
     ):
         self.vlm = vlm
         self.recipe = recipe
@@ -193,7 +220,8 @@ class StageRun:
         self.progress = progress
         self.changed = changed
         self.accelerator = accelerator
-        self.stop_asked = stop_asked
+        self.stop = stop or StopSignals()
+        self.bad = bad
         self.updates = count_updates(stage, train, vlm)
         every = stage.validate_every or math.ceil(self.updates / 10) * stage.batch_size
         self.validate_every = max(1, round(every / stage.batch_size))
@@ -205,8 +233,7 @@ class StageRun:
         self.data = Updates(
             samples, stage, seed=recipe.seed, first_sample=first_sample, start=progress.update, stop=self.updates
         )
-        valid_front, valid_cached = (front, cached) if cached or level != "pixels" else (front, False)
-        held_out = Samples(validation, valid_front, bad=bad, cached=valid_cached)
+        held_out = Samples(validation, front, bad=bad, cached=cached)
         rows = np.arange(len(validation))
         if recipe.trainer.validate_samples is not None:
             # The same subset for every run: a fixed permutation, not the run's seed.
@@ -214,8 +241,8 @@ class StageRun:
         self.validator = Validator(held_out, [int(row) for row in rows])
         started = time.perf_counter()
         needed = np.unique(np.concatenate(list(self.data.rows()))) if len(self.data) else np.array([], dtype=int)
-        samples.prepare([int(row) for row in needed], f"{stage.name}: images")
-        held_out.prepare(self.validator.rows, f"{stage.name}: validation images")
+        samples.prepare([int(row) for row in needed], f"{stage.name}: images", each=self.stop.check)
+        held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
         self.preparation_seconds = time.perf_counter() - started
         progress.seconds += self.preparation_seconds
 
@@ -241,6 +268,8 @@ class StageRun:
 
         Raises:
             TrainingError: a loss that is not finite, or too many unreadable images.
+            RecipeError: there are more devices than samples in a batch.
+            Stopped: a signal asked for it, and a checkpoint was written.
         """
         stage, progress = self.stage, self.progress
         self.best_state = best_state or {}
@@ -256,6 +285,11 @@ class StageRun:
             **_devices(self.recipe.trainer),
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
+        if trainer.world_size > stage.batch_size:
+            raise RecipeError(
+                f"stage {stage.name}: batch_size {stage.batch_size} is for all devices together, and there are "
+                f"{trainer.world_size}; give at least one sample a device"
+            )
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
@@ -264,6 +298,7 @@ class StageRun:
                 self.validate()
             if len(self.data):
                 trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
+                self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
         put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {stage.name}")
         self.vlm.eval()
         start = progress.stage_start
@@ -302,7 +337,7 @@ class StageRun:
         progress.seconds += time.perf_counter() - started
         self.log.write(**self.position(), val_loss=value)
         _LOGGER.info("%s: %d samples, validation loss %.4f", self.stage.name, progress.samples, value)
-        if not progress.best or value < progress.best["val_loss"]:
+        if not progress.best or value < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"]):
             progress.best = {"val_loss": value, "samples": progress.samples, "update": progress.update}
             self.best_state = take_state(self.vlm, self.changed)
         if progress.update > 0:

@@ -5,15 +5,19 @@ batch (over all devices) holds, so that neither accumulation nor the number of d
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vpgtrans.errors import TrainingError
 from vpgtrans.recipe import Stage
 from vpgtrans.training.features import FrozenFront
+from vpgtrans.training.objectives import Objective
 from vpgtrans.training.parts import set_modes, trained_parameters
 from vpgtrans.training.samples import Batch
 from vpgtrans.vlm import VLM
@@ -23,7 +27,7 @@ class StageModule(L.LightningModule):
     """A VLM in one stage of its training.
 
     Args:
-        objectives: name -> module, the names are those of `stage.losses`.
+        objectives: name -> objective, the names are those of `stage.losses`.
         updates: length of the stage. done: updates that a resumed run has behind it. stream: seeds of the updates are
             drawn from (seed, stream), so that every stage has its own.
     """
@@ -34,7 +38,7 @@ class StageModule(L.LightningModule):
         stage: Stage,
         *,
         front: FrozenFront,
-        objectives: nn.ModuleDict,
+        objectives: Mapping[str, Objective],
         updates: int,
         done: int = 0,
         seed: int = 0,
@@ -45,7 +49,9 @@ class StageModule(L.LightningModule):
         self.vlm = vlm
         self.stage = stage
         self.front = front
-        self.objectives = objectives
+        self.objectives = dict(objectives)
+        self.loss_weights: dict[str, float] = {name: stage.losses[name] for name in stage.losses}
+        self._buffers_of_objectives = nn.ModuleDict(self.objectives)  # so that they move with the module
         self.updates = updates
         self.done = done
         self.seed = seed
@@ -100,15 +106,17 @@ class StageModule(L.LightningModule):
             TrainingError: the loss is not finite; nothing was changed by this batch.
         """
         # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
-        torch.manual_seed((self.seed * 1_000_003 + self.stream * 10_007 + self.done) % 2**63)
+        rank = self.trainer.global_rank if self._trainer is not None else 0
+        torch.manual_seed((self.seed * 1_000_003 + self.stream * 10_007 + self.done + rank * 1_000_000_007) % 2**63)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         factor = self.rate_factor(self.done)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        losses = self._backward(batch)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        losses = self._backward(batch)
+        self._add_up(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
         if not math.isfinite(losses["loss"]) or not torch.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
@@ -120,8 +128,6 @@ class StageModule(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        # The trainer counts steps of its own wrapper, which manual steps of the plain optimizer do not reach.
-        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_completed()
         self.last = {
             **losses,
             "lr": max(group["lr"] for group in optimizer.param_groups),
@@ -132,30 +138,54 @@ class StageModule(L.LightningModule):
         """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices."""
         visual = self.vlm.vpg.tokens
         whole = {name: goal.weight(self.vlm, batch.captions, visual) for name, goal in self.objectives.items()}
-        world = self.trainer.world_size if self._trainer is not None else 1
-        if world > 1:
-            gathered = torch.tensor(list(whole.values()), device=self.device, dtype=torch.float64)
-            whole = dict(zip(whole, self.trainer.strategy.reduce(gathered, reduce_op="sum").tolist(), strict=True))
+        whole = dict(zip(whole, self._over_devices(list(whole.values())), strict=True))
         size = self.stage.micro_batch_size or len(batch)
         terms = dict.fromkeys(whole, 0.0)
-        for start in range(0, len(batch), size):
-            micro = batch.part(start, start + size)
-            sums = self.losses(micro)
-            total = torch.zeros((), device=self.device)
-            for name, (summed, _) in sums.items():
-                # Gradients are averaged over devices: hence the factor.
-                total = total + self.stage.losses[name] * summed * (world / whole[name])
-                terms[name] += summed.item() / whole[name]
-            self.manual_backward(total)
-        if world > 1:
-            gathered = torch.tensor(list(terms.values()), device=self.device, dtype=torch.float64)
-            terms = dict(zip(terms, self.trainer.strategy.reduce(gathered, reduce_op="sum").tolist(), strict=True))
-        loss = sum(self.stage.losses[name] * value for name, value in terms.items())
+        with self._unsynchronised():
+            for start in range(0, len(batch), size):
+                sums = self.losses(batch.part(start, start + size))
+                total = torch.zeros((), device=self.device)
+                for name, (summed, _) in sums.items():
+                    total = total + self.loss_weights[name] * summed / whole[name]
+                    terms[name] += summed.item() / whole[name]
+                self.manual_backward(total)
+        terms = dict(zip(terms, self._over_devices(list(terms.values())), strict=True))
+        loss = sum(self.loss_weights[name] * value for name, value in terms.items())
         return {
             "loss": loss,
             **{f"loss_{name}": value for name, value in terms.items()},
             "text_tokens": whole.get("caption", 0.0),
         }
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Within the block every device keeps its gradients to itself.
+
+        DDP would exchange them in every backward pass, and wait forever for a device that has a micro-batch less
+        because an image of its share is unreadable.
+        """
+        wrapped = self.trainer.strategy.model if self._trainer is not None else None
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def _add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients over devices; a parameter that no device used keeps none."""
+        if self._world == 1:
+            return
+        used = self._over_devices([float(parameter.grad is not None) for parameter in parameters])
+        for parameter, count in zip(parameters, used, strict=True):
+            if count:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.trainer.strategy.reduce(own, reduce_op="sum")
+
+    def _over_devices(self, figures: Sequence[float]) -> list[float]:
+        """The figures summed over devices."""
+        if self._world == 1:
+            return list(figures)
+        gathered = torch.tensor(figures, device=self.device, dtype=torch.float64)
+        return self.trainer.strategy.reduce(gathered, reduce_op="sum").tolist()
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         """Each objective's summed loss on a batch, and the number of terms in it."""

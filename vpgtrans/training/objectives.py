@@ -6,7 +6,7 @@ no pass through the LLM, so it costs a hundredth; and prompts that lie among wor
 carry to another LLM. It serves as a cheap first stage for a new VPG, or beside `caption` to keep prompts readable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,19 @@ FILLER_WEIGHT = 0.1
 """Prompts beyond the caption's end are drawn to the line break, weakly."""
 
 
-class CaptionObjective(nn.Module):
+class Objective(nn.Module):
+    """A loss on visual prompts, summed over a batch, so that micro-batches add up."""
+
+    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
+        """Prompts [B, T, d_llm], B captions -> the summed loss, and how many terms it sums."""
+        raise NotImplementedError
+
+    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
+        """What the sum over `captions` with `visual` prompts each is divided by."""
+        raise NotImplementedError
+
+
+class CaptionObjective(Objective):
     """The LLM's loss on the answer tokens."""
 
     def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
@@ -37,7 +49,7 @@ class CaptionObjective(nn.Module):
         return float(sum(vlm.splice.answer_length(caption) for caption in captions))
 
 
-class WordObjective(nn.Module):
+class WordObjective(Objective):
     """Classification of each prompt among the words of the training captions, by distance in the embedding space.
 
     With word embeddings e_v of variance D around their mean, prompt p has the logits −|p − e_v|² · SHARPNESS / (2 D):
@@ -90,9 +102,12 @@ class WordObjective(nn.Module):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-OBJECTIVES = {"caption": lambda vlm, captions: CaptionObjective(), "words": WordObjective}
+OBJECTIVES: dict[str, Callable[[VLM, Sequence[str]], Objective]] = {
+    "caption": lambda vlm, captions: CaptionObjective(),
+    "words": WordObjective,
+}
 
 
-def build_objectives(names: Sequence[str], vlm: VLM, captions: Sequence[str]) -> nn.ModuleDict:
+def build_objectives(names: Sequence[str], vlm: VLM, captions: Sequence[str]) -> dict[str, Objective]:
     """The named objectives; `captions` are those of the training data."""
-    return nn.ModuleDict({name: OBJECTIVES[name](vlm, captions) for name in names})
+    return {name: OBJECTIVES[name](vlm, captions) for name in names}

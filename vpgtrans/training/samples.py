@@ -1,7 +1,7 @@
 """Samples on their way into the model: rows of a data set, with their images as far as the frozen front took them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +42,13 @@ class BadSamples:
     limit: float
     seen: set[str] = field(default_factory=set)
     bad: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, str] = field(default_factory=dict)
+    """Those that a resumed run had listed before it stopped; they count again when they come up again."""
+
+    @property
+    def listed(self) -> dict[str, str]:
+        """Sample id -> reason of all that were skipped."""
+        return self.earlier | self.bad
 
     def note(self, ids: Sequence[str], unreadable: Sequence[Unreadable]) -> None:
         """Count a batch.
@@ -71,8 +78,8 @@ class Samples:
         self.bad = bad
         self.caches = {id(source): FeatureCache(source, front) for source in mixture.sources} if cached else None
 
-    def prepare(self, rows: Sequence[int], title: str) -> None:
-        """Fill the caches with what the given rows of the mixture need."""
+    def prepare(self, rows: Sequence[int], title: str, *, each: Callable[[], None] = lambda: None) -> None:
+        """Fill the caches with what the given rows of the mixture need; `each` is called before every batch."""
         if self.caches is None:
             return
         wanted: dict[int, list[int]] = {}
@@ -80,7 +87,7 @@ class Samples:
             source, index = self.mixture.locate(int(row))
             wanted.setdefault(id(source), []).append(index)
         for source in self.mixture.sources:
-            self.caches[id(source)].ensure(wanted.get(id(source), []), title=title)
+            self.caches[id(source)].ensure(wanted.get(id(source), []), title=title, each=each)
 
     def fetch(self, rows: Sequence[int]) -> Batch:
         """The readable ones of the given rows.
