@@ -151,7 +151,7 @@ def load_vision(reference: str) -> Vision:
         )
     connector = connectors.build(connector_config, width_in=encoder.width, patches=encoder.patches)
     load_strict(connector, read_weights(directory / "connector"), where=str(directory / "connector"))
-    projector = Projector.load(directory / "projector")
+    projector = Projector.load(directory / "projector", dtype=torch.float32)  # stored smaller, computed in float32
     vpg = VPG(encoder, connector).eval().requires_grad_(False)
     return Vision(vpg, projector, prompt, fingerprint, manifest)
 
