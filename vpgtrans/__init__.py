@@ -32,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "VLM": ("vpgtrans.vlm", "VLM"),
-    "load": ("vpgtrans.vlm_directory", "load_vlm"),
+    "load": ("vpgtrans.api", "load"),
     "Recipe": ("vpgtrans.recipe", "Recipe"),
     "load_recipe": ("vpgtrans.recipe", "load_recipe"),
     "VpgTransError": ("vpgtrans.errors", "VpgTransError"),
@@ -46,11 +46,10 @@ _HOME = {
 """Public name -> module and name there."""
 
 if TYPE_CHECKING:
-    from vpgtrans.api import caption, compare, evaluate, probe, train, transfer, validate
+    from vpgtrans.api import caption, compare, evaluate, load, probe, train, transfer, validate
     from vpgtrans.errors import VpgTransError
     from vpgtrans.recipe import Recipe, load_recipe
     from vpgtrans.vlm import VLM
-    from vpgtrans.vlm_directory import load_vlm as load
 
 
 class _TransferPackage(ModuleType):

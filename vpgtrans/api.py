@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from vpgtrans.vlm import VLM
 
 RecipeLike = str | Path | Recipe
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -82,6 +85,7 @@ def compare(
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train from several starts side by side; returns the summary with losses, curves and speed-ups."""
     checked = _recipe(recipe, overrides)
@@ -94,15 +98,18 @@ def compare(
         output=_path(output),
         resume=resume,
         overwrite=overwrite,
+        device=device,
     )
 
 
-def probe(recipe: RecipeLike, overrides: Overrides = (), *, output: str | Path | None = None) -> list[dict[str, Any]]:
+def probe(
+    recipe: RecipeLike, overrides: Overrides = (), *, output: str | Path | None = None, device: str = "auto"
+) -> list[dict[str, Any]]:
     """Score every initialiser without training; returns a row each."""
     checked = _recipe(recipe, overrides)
     from vpgtrans import runs  # after the checks: it loads torch
 
-    return runs.probe(checked, output=_path(output))
+    return runs.probe(checked, output=_path(output), device=device)
 
 
 def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
@@ -111,6 +118,18 @@ def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
     from vpgtrans import runs  # after the checks: it loads torch
 
     return runs.validate(checked)
+
+
+def load(vlm: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> "VLM":
+    """Open a VLM directory, a run or `registry:NAME`: `vt.load("runs/quickstart").generate(images)`.
+
+    Raises:
+        VpgTransError: it doesn't resolve, is damaged, or belongs to another LLM.
+    """
+    from vpgtrans.runs.parts import pick_device
+    from vpgtrans.vlm_directory import load_vlm
+
+    return load_vlm(str(vlm), device=pick_device(device), trust_remote_code=trust_remote_code)
 
 
 def evaluate(

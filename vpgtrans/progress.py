@@ -1,10 +1,13 @@
-"""Progress bars: rich's, on stderr, gone when stderr is no terminal."""
+"""What a run shows while it works: rich's progress bars on stderr, gone when it is no terminal; a stage's table."""
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -32,3 +35,21 @@ def track(items: Sequence[T], title: str) -> Iterator[T]:
         for item in items:
             yield item
             progress.advance(task)
+
+
+def trainable_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What trains in a stage, as lines for the log.
+
+    rows: a part each, with stage, part, mode, parameters, trained and lr, as `training.parts.table` gives them.
+    """
+    table = Table(title=f"stage {rows[0]['stage']}", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name in ("part", "mode"):
+        table.add_column(name)
+    for name in ("parameters", "of them train", "learning rate"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        rate = "" if row["lr"] is None else f"{row['lr']:g}"
+        table.add_row(row["part"], row["mode"], f"{row['parameters']:,}", f"{row['trained']:,}", rate)
+    stream = io.StringIO()
+    Console(file=stream, width=78, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines() if line.strip())

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from vpgtrans.cli import console
-from vpgtrans.cli.options import Examples, check_output, json_option, output_options, read_recipe, recipe_arguments
+from vpgtrans.cli.options import (
+    Examples,
+    check_output,
+    device_option,
+    json_option,
+    output_options,
+    read_recipe,
+    recipe_arguments,
+)
 
 
 @click.command(
@@ -24,6 +32,7 @@ from vpgtrans.cli.options import Examples, check_output, json_option, output_opt
 @output_options
 @click.option("--arms", metavar="A,B,...", help="Starts to compare: scratch, inherit, transfer, or an initialiser.")
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Number of seeds, from the recipe's seed on.")
+@device_option
 @json_option
 def command(
     recipe: Path,
@@ -34,6 +43,7 @@ def command(
     overwrite: bool,
     arms: str | None,
     seeds: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Train the same target with the same data and budget from several starts, side by side.
@@ -55,6 +65,7 @@ def command(
         output=output,
         resume=resume,
         overwrite=overwrite,
+        device=device,
     )
     if as_json:
         console.print_json(result)

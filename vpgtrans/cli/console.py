@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import click
 
+HANDLER = "vpgtrans-cli"
+"""Name of the one log handler that a command sets up."""
 Level = Literal["verbose", "normal", "quiet"]
 LEVELS = {"verbose": logging.DEBUG, "normal": logging.INFO, "quiet": logging.WARNING}
 NOISY = (
@@ -36,7 +38,9 @@ def _quieten(level: Level) -> None:
     if not sys.stderr.isatty():  # a download of gigabytes may show its progress on a terminal
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)})(\..*)?$")
-    for name in NOISY:
+    # Some libraries set the levels of their own loggers when they are imported, hence all that exist by now.
+    known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in NOISY]
+    for name in {*NOISY, *known}:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -46,11 +50,18 @@ def _log_to_stderr(level: Level) -> None:
 
     logger = logging.getLogger("vpgtrans")
     logger.setLevel(LEVELS[level])
-    for old in [h for h in logger.handlers if isinstance(h, RichHandler)]:
+    for old in [handler for handler in logger.handlers if handler.get_name() == HANDLER]:
         logger.removeHandler(old)
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_time=False, show_level=level == "verbose", markup=False
-    )
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console, show_path=False, show_time=False, show_level=level == "verbose", markup=False
+        )
+    else:  # a file wants whole lines, neither folded nor filled with blanks
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s" if level == "verbose" else "%(message)s"))
+    handler.set_name(HANDLER)
     logger.addHandler(handler)
 
 
@@ -68,6 +79,7 @@ def loading(what: str = "loading libraries") -> Iterator[None]:
             yield
     else:
         yield
+    _quieten(level)
     if level != "verbose" and "transformers" in sys.modules:
         # "Loading weights" bars are switched apart from the verbosity; the switch is the library's own
         from transformers.utils import logging as transformers_logging

@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,19 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--device`."""
     return click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        callback=_known_device,
         default="auto",
         show_default=True,
-        help="Where it runs.",
+        metavar="DEVICE",
+        help="Where it runs: auto, cpu, cuda, cuda:N or mps.",
     )(function)
+
+
+def _known_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Whether it is there is found out with torch; a word that can't be one is refused at once."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value):
+        raise click.BadParameter(f"{value} is unknown; right would be auto, cpu, cuda, cuda:N or mps")
+    return value
 
 
 def check_output(*, resume: bool, overwrite: bool) -> None:

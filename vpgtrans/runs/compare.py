@@ -25,7 +25,7 @@ from vpgtrans.report import compare_plot, write_compare_report
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
 from vpgtrans.runs.parts import check_references, fresh_connector, open_mixture, open_source, pick_device
 from vpgtrans.runs.start import begin, prepare
-from vpgtrans.runs.training import run_stages
+from vpgtrans.runs.training import Interrupted, run_stages
 from vpgtrans.transfer.initialisers import initialise
 
 _LOGGER = logging.getLogger(__name__)
@@ -74,7 +74,11 @@ def compare(
     curves: dict[str, list[Curve]] = {}
     figures: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
-        results = _arm(recipe, arm, count, run, where)
+        try:
+            results = _arm(recipe, arm, count, run, where)
+        except Interrupted as stop:
+            # finished arms are kept, not this one's half: what goes on is the comparison
+            raise Interrupted(stop.exit_code - 128, str(run.path)) from None
         curves[arm] = [[(int(samples), float(loss)) for samples, loss in result["curve"]] for result in results]
         figures[arm] = results
     summary = {

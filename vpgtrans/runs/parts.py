@@ -109,9 +109,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda, cuda:N or mps") from error
+        raise TransferError(f"--device {name}: unknown; right would be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise TransferError(f"--device {name}: no such device; right would be auto, cpu, cuda, cuda:N or mps")
+        raise TransferError(f"--device {name}: unknown; right would be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TransferError(f"--device {name}: this machine has no usable GPU (see `vpgtrans doctor`)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

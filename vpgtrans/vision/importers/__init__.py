@@ -12,7 +12,24 @@ from vpgtrans.vision.importers.source import ImportedSource, read_json
 
 _IMPORTERS = {"blip-2": blip2.read, "llava": llava.read}
 
-__all__ = ["ImportedSource", "import_source"]
+__all__ = ["ImportedSource", "import_source", "importable"]
+
+
+def importable(path: str | Path) -> str:
+    """The model_type of a checkpoint directory, from its config alone.
+
+    Raises:
+        ReferenceError_: no such checkpoint, or of a kind that has no importer.
+    """
+    if not Path(path).is_dir():
+        raise ReferenceError_(f"{path}: a VPG is imported from a directory in the Hugging Face layout, not from a file")
+    model_type = read_json(Path(path) / "config.json").get("model_type")
+    if model_type not in _IMPORTERS:
+        raise ReferenceError_(
+            f"{path}: a VPG can't be imported from model_type {model_type!r}; known: {', '.join(_IMPORTERS)}, "
+            "and VLM directories of ours"
+        )
+    return str(model_type)
 
 
 def import_source(path: str | Path, *, reference: str | None = None) -> ImportedSource:
@@ -27,9 +44,5 @@ def import_source(path: str | Path, *, reference: str | None = None) -> Imported
         missing, extra or mis-shaped. TransferError: the checkpoint does something our parts have no words for.
     """
     directory = Path(path)
-    model_type = read_json(directory / "config.json").get("model_type")
-    if model_type not in _IMPORTERS:
-        raise ReferenceError_(
-            f"{directory}: a VPG can't be imported from model_type {model_type!r}; known: {', '.join(_IMPORTERS)}"
-        )
+    model_type = importable(directory)
     return _IMPORTERS[model_type](directory, open_config(directory), reference=reference or str(directory))
