@@ -202,7 +202,7 @@ class CompareConfig(Config):
     as it stands. The others are initialisers, trained like transfer."""
     seeds: PositiveInt = 3
     lr_factors: list[Rate] = Field(default=[1.0, 2.0], min_length=1)
-    """scratch and inherit fine-tune at the recipe's rates times each of these; the better one counts."""
+    """inherit fine-tunes at the recipe's rates times each of these; the better one counts."""
 
 
 class Recipe(Config):

@@ -5,8 +5,8 @@ inherit     the trained VPG, a random norm-matched projector; all budget in the 
 transfer    the recipe as it stands
 others      the recipe with that initialiser
 
-scratch and inherit run the first seed at each of `compare.lr_factors` times the recipe's rates; the better one counts
-and serves the other seeds. Every arm sees the same samples in the same order for the same number of samples.
+inherit runs the first seed at each of `compare.lr_factors` times the recipe's rates; the better one counts and serves
+the other seeds. Every arm sees the same samples in the same order for the same number of samples.
 """
 
 import json
@@ -32,8 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 
 SCRATCH, INHERIT, TRANSFER = "scratch", "inherit", "transfer"
 DEFINITIONS = {
-    SCRATCH: "the encoder as it comes, connector and projector random; all budget in the fine-tune, "
-    "the better of the tried learning rates",
+    SCRATCH: "the encoder as it comes, connector and projector random; all budget in the fine-tune",
     INHERIT: "the trained VPG, a random norm-matched projector; no warm-up, all budget in the fine-tune, "
     "the better of the tried learning rates",
     TRANSFER: "the recipe as it stands: initialiser, warm-up, fine-tune",
@@ -183,7 +182,7 @@ def _total(recipe: Recipe) -> int:
 
 def _arm(recipe: Recipe, arm: str, seeds: int, run: RunDirectory, device: torch.device) -> list[dict[str, Any]]:
     """Results of all seeds of an arm; the learning rate is chosen on the first."""
-    factors = list(recipe.compare.lr_factors) if arm in (SCRATCH, INHERIT) else [1.0]
+    factors = list(recipe.compare.lr_factors) if arm == INHERIT else [1.0]
     tried = [_one(recipe, arm, recipe.seed, factor, run, device) for factor in factors]
     best = min(tried, key=lambda result: min(loss for _, loss in result["curve"]))
     factor = best["lr_factor"]
