@@ -116,7 +116,7 @@ def stage(**changes: Any) -> list[dict[str, Any]]:
     [
         ({"stagess": []}, ("bad.yaml", "stagess", "stages")),
         ({"stages": stage(lrr=1e-3)}, ("bad.yaml", "stages.0", "lrr", "lr")),
-        ({"seed": "zero"}, ("bad.yaml", "seed", "integer")),
+        ({"seed": "zero"}, ("bad.yaml", "seed", "zero", "whole number")),
         ({"stages": stage(budget={"samples": 1.5})}, ("bad.yaml", "budget.samples")),
         ({"stages": stage(trainable={"projector": "frozen"})}, ("bad.yaml", "trains nothing", "full or lora")),
         ({"stages": stage(trainable={"projector": "ful"})}, ("bad.yaml", "ful", "frozen", "full", "lora")),

@@ -19,6 +19,7 @@ from vpgtrans.cli.compare import rows
 from vpgtrans.cli.console import cell
 from vpgtrans.cli.root import VERBS, cli
 from vpgtrans.errors import CheckpointError, DataError, IntegrityError, TrainingError, VpgTransError
+from vpgtrans.transfer.probe import ProbeRow
 
 RECIPE = """\
 name: small
@@ -200,15 +201,14 @@ def test_a_comparisons_rows_keep_what_was_never_reached_apart() -> None:
 
 
 def test_probe_evaluate_and_caption(runs: FakeRuns, recipe: str, tmp_path: Path) -> None:
-    runs.result = [{"initialiser": "cca", "gap": float("nan"), "usable": True}, {"initialiser": "random", "gap": 0.5}]
-    assert json.loads(invoke("probe", recipe, "--json").stdout)[0] == {
-        "initialiser": "cca",
-        "gap": None,
-        "usable": True,
-    }
+    first = ProbeRow("cca", "converter", image_gap=float("nan"), chosen=True, note="best copy gap")
+    runs.result = [first.to_json(), ProbeRow("random", "random", step0_loss=4.5).to_json()]
+    read = json.loads(invoke("probe", recipe, "--json").stdout)
+    assert read == [first.to_json() | {"image_gap": None}, runs.result[1]]
     table = invoke("probe", recipe).stdout
     assert "random" in table
-    assert "0.5" in table
+    assert "4.500" in table
+    assert "cca: best copy gap" in table
 
     runs.result = {"openmoji:test": {"loss": 1.5, "cider": 0.7}}
     evaluated = invoke("evaluate", "some/vlm", "--data", "openmoji:test", "--samples", "3", "--json")

@@ -1,40 +1,30 @@
 """The verbs on tiny models: what `transfer`, `compare`, `probe`, `evaluate`, `caption` and `validate` really do."""
 
 import hashlib
-import importlib
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import Tiny, build_tiny, write_captions
+from tiny_runs import WARMUP, Tiny, build_tiny, write_captions
 
 import vpgtrans as vt
 from vpgtrans import runs
 from vpgtrans.cli.root import cli
-from vpgtrans.errors import OutputError, RecipeError
+from vpgtrans.errors import OutputError
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, dump
 from vpgtrans.runs import journey
-from vpgtrans.runs.compare import arm_recipe, speedups
-from vpgtrans.training.samples import Samples
-
-COMPARE = importlib.import_module("vpgtrans.runs.compare")
-"""The module: `runs.compare` is the verb."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,6 @@ def write_recipe(recipe: Recipe, directory: Path) -> Path:
 
 # --- transfer -----------------------------------------------------------------------------------
 
-WARMUP = {"name": "warmup", "trainable": {"projector": "full"}, "lr": 1e-3, "budget": {"samples": 4}, "batch_size": 4}
 INITIALISERS: list[dict[str, Any]] = [
     {"kind": "random"},
     {"kind": "inherit"},
@@ -252,12 +241,21 @@ def long_recipe(tiny: Tiny) -> Recipe:
     return tiny.transfer_recipe(stages=keys["stages"])
 
 
-def vpgtrans(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", "from vpgtrans.cli import main; main()", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
-    )  # fmt: skip
+@pytest.fixture
+def vpgtrans() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `vpgtrans` with the given arguments; whatever still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from vpgtrans.cli import main; main()", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 def wait_for_update(process: subprocess.Popen[str], run: Path, stage: str, update: int) -> None:
@@ -271,7 +269,7 @@ def wait_for_update(process: subprocess.Popen[str], run: Path, stage: str, updat
     pytest.fail(f"the process ended early: {process.communicate()}")
 
 
-def test_an_interrupted_transfer_resumes_to_the_same_result(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_interrupted_transfer_resumes_to_the_same_result(tiny: Tiny, tmp_path: Path, vpgtrans: Any) -> None:
     recipe = long_recipe(tiny)
     written = str(write_recipe(recipe, tmp_path))
     cases = {"SIGINT": (signal.SIGINT, 130, "warmup", 5), "SIGTERM": (signal.SIGTERM, 143, "finetune", 3)}
@@ -326,7 +324,11 @@ def test_resuming_a_finished_run_changes_nothing_that_counts(tiny: Tiny, tmp_pat
 # --- what the command line shows ----------------------------------------------------------------
 
 
-def test_stdout_is_one_json_document_and_stderr_a_readable_log(tiny: Tiny, tmp_path: Path) -> None:
+def test_arithmetic_is_as_before_after_a_run(finished: Path) -> None:
+    assert sys.float_info.min / 2 > 0, "denormal numbers are flushed to zero during training alone"
+
+
+def test_stdout_is_one_json_document_and_stderr_a_readable_log(tiny: Tiny, tmp_path: Path, vpgtrans: Any) -> None:
     written = str(write_recipe(tiny.transfer_recipe(), tmp_path))
     process = vpgtrans("transfer", written, "-o", str(tmp_path / "run"), "--device", "cpu", "--json")
     out, err = process.communicate(timeout=600)
@@ -351,217 +353,6 @@ def test_stdout_is_one_json_document_and_stderr_a_readable_log(tiny: Tiny, tmp_p
 
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(cli, arguments, prog_name="vpgtrans")
-
-
-# --- compare ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compared(tiny: Tiny) -> tuple[Recipe, Path, dict[str, list[list[str]]]]:
-    """A comparison, and the sample ids of every training batch of each of its arms."""
-    batches: dict[str, list[list[str]]] = {}
-    fetch = Samples.fetch
-
-    def record(self: Samples, rows: Any) -> Any:
-        batch = fetch(self, rows)
-        if len(self.mixture) == 24:  # training, not validation
-            batches.setdefault(current[-1], []).append(batch.ids)
-        return batch
-
-    module = COMPARE
-    current: list[str] = []
-    recipe_of = module.arm_recipe
-
-    def note(recipe: Recipe, arm: str, *, seed: int, factor: float) -> Recipe:
-        current.append(f"{arm}-{seed}-{factor:g}")
-        return recipe_of(recipe, arm, seed=seed, factor=factor)
-
-    recipe = tiny.transfer_recipe(compare={"seeds": 2})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Samples, "fetch", record)
-        patch.setattr(module, "arm_recipe", note)
-        runs.compare(recipe, output=tiny.root / "compared", device="cpu")
-    return recipe, tiny.root / "compared", batches
-
-
-def test_all_arms_see_the_same_samples_in_the_same_order(compared: Any) -> None:
-    _, _, batches = compared
-    assert len(batches) == 8, "scratch and inherit: two rates on the first seed, one on the second; transfer: one each"
-    for seed in ("0", "1"):
-        orders = [value for name, value in batches.items() if name.split("-")[1] == seed]
-        assert len(orders) == (5 if seed == "0" else 3)
-        assert all(order == orders[0] for order in orders)
-        assert [len(ids) for ids in orders[0]] == [4] * 8
-    assert batches["transfer-0-1"] != batches["transfer-1-1"]
-
-
-def test_the_comparisons_summary_has_the_designs_keys(compared: Any) -> None:
-    _, path, _ = compared
-    summary = read(path / "summary.json")
-    assert list(summary["arms"]) == ["scratch", "inherit", "transfer"]
-    for name, arm in summary["arms"].items():
-        assert set(arm) == {
-            "val_loss", "final_val_loss", "curve", "curves", "seconds", "lr_factor", "initialiser",
-        }  # fmt: skip
-        assert len(arm["val_loss"]) == len(arm["curves"]) == len(arm["seconds"]) == 2
-        assert arm["val_loss"] == [min(loss for _, loss in curve) for curve in arm["curves"]]
-        assert [samples for samples, _ in arm["curve"]] == [0, 8, 16, 24, 32], "every arm has the whole budget"
-        for samples, loss in arm["curve"]:
-            assert loss == median(dict(map(tuple, curve))[samples] for curve in arm["curves"])
-        assert arm["lr_factor"] in ((1.0, 2.0) if name != "transfer" else (1.0,))
-    assert summary["arms"]["scratch"]["initialiser"] == "random"
-    assert summary["arms"]["transfer"]["initialiser"].startswith("ridge")
-    assert set(summary["speedup"]) == {"inherit", "transfer"}
-    assert set(summary["speedup_over_inherit"]) == {"scratch", "transfer"}
-    for ratio in summary["speedup"].values():
-        assert ratio is None or set(ratio) >= {"median", "min", "max"}
-    curves = {name: [[tuple(point) for point in c] for c in arm["curves"]] for name, arm in summary["arms"].items()}
-    assert summary["speedup"] == speedups(curves, "scratch", floor=4)
-    assert set(summary["definitions"]) == set(summary["arms"])
-    assert summary["budget"] == {"samples": 32}
-    assert (path / "report.html").exists()
-    assert (path / "curves.png").exists()
-
-
-def test_the_first_seeds_better_rate_counts_and_serves_the_others(compared: Any) -> None:
-    _, path, _ = compared
-    for arm in ("scratch", "inherit"):
-        tried = [read(path / "arms" / f"{arm}-seed0-lr{factor}" / "result.json") for factor in (1, 2)]
-        best = min(tried, key=lambda result: min(loss for _, loss in result["curve"]))
-        summary = read(path / "summary.json")["arms"][arm]
-        assert summary["lr_factor"] == best["lr_factor"]
-        assert summary["curves"][0] == best["curve"]
-        assert {p.name for p in (path / "arms").glob(f"{arm}-seed1*")} == {f"{arm}-seed1-lr{best['lr_factor']:g}"}
-
-
-def test_a_resumed_comparison_keeps_finished_arms(
-    compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    module = COMPARE
-    recipe, path, _ = compared
-    copy = tmp_path / "copy"
-    shutil.copytree(path, copy)
-    before = read(copy / "summary.json")
-    (copy / "summary.json").unlink()
-    (copy / "arms" / "inherit-seed1-lr2" / "result.json").unlink(missing_ok=True)
-    (copy / "arms" / "inherit-seed1-lr1" / "result.json").unlink(missing_ok=True)
-    trained: list[Path] = []
-    run_stages = module.run_stages
-
-    def record(vlm: Any, recipe: Any, run: Any, **options: Any) -> Any:
-        trained.append(run.path)
-        return run_stages(vlm, recipe, run, **options)
-
-    monkeypatch.setattr(module, "run_stages", record)
-    after = runs.compare(recipe, output=copy, resume=True, device="cpu")
-    assert [where.name.rsplit("-", 1)[0] for where in trained] == ["inherit-seed1"]
-    for arm in after["arms"].values():
-        arm.pop("seconds")
-    for arm in before["arms"].values():
-        arm.pop("seconds")
-    assert json.loads(json.dumps(after)) == before
-
-
-def test_scratch_and_inherit_put_the_whole_budget_into_the_fine_tune(tiny: Tiny) -> None:
-    recipe = tiny.transfer_recipe()
-    for arm in ("scratch", "inherit"):
-        (stage,) = arm_recipe(recipe, arm, seed=3, factor=2.0).stages
-        assert (stage.name, stage.budget.samples, stage.lr) == ("finetune", 32, 2e-3)
-        assert stage.trainable == recipe.stages[-1].trainable
-    assert arm_recipe(recipe, "scratch", seed=3, factor=1.0).initialiser.kind == "random"
-    assert arm_recipe(recipe, "transfer", seed=3, factor=1.0) == recipe.model_copy(update={"seed": 3})
-    named = arm_recipe(recipe, "caption-fit", seed=0, factor=1.0)
-    assert (named.initialiser.kind, named.initialiser.fit, named.stages) == ("caption-fit", "ridge", recipe.stages)
-
-
-def test_scratch_has_a_connector_of_its_own(tiny: Tiny) -> None:
-    from vpgtrans.runs.parts import fresh_connector, open_source
-
-    source = open_source(str(tiny.source), seed=0)
-    fresh, again = (fresh_connector(source.vpg, seed=0) for _ in range(2))
-    pairs = [(fresh.connector.state_dict()[k], v) for k, v in source.vpg.connector.state_dict().items() if v.ndim > 1]
-    assert pairs
-    assert not any(torch.equal(mine, trained) for mine, trained in pairs)
-    assert fresh.encoder is source.vpg.encoder
-    for name, tensor in fresh.connector.state_dict().items():
-        assert torch.equal(tensor, again.connector.state_dict()[name])
-
-
-def test_compare_names_what_it_can_not_compare(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = tiny.transfer_recipe()
-    with pytest.raises(RecipeError, match="no arm sideways; known: scratch"):
-        runs.compare(recipe, arms=["sideways"], output=tmp_path / "run")
-    tokens = tiny.transfer_recipe(stages=[WARMUP | {"budget": {"tokens": 100}}])
-    with pytest.raises(RecipeError, match="budget"):
-        runs.compare(tokens, output=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-# --- speed-ups ----------------------------------------------------------------------------------
-
-
-def test_a_speed_up_is_scratchs_samples_over_the_arms() -> None:
-    scratch = [[(0, 5.0), (100, 3.0), (200, 2.0), (300, 2.5)], [(0, 5.0), (100, 4.0), (200, 3.0), (300, 2.0)]]
-    transfer = [[(0, 4.0), (50, 2.0), (100, 1.0)], [(0, 4.0), (50, 3.0), (100, 1.9)]]
-    # seed 0: scratch's best 2.0 at 200, reached at 50. seed 1: 2.0 at 300, reached at 100
-    found = speedups({"scratch": scratch, "transfer": transfer}, "scratch")
-    assert found == {"transfer": {"median": 3.5, "min": 3.0, "max": 4.0, "per_seed": [4.0, 3.0]}}
-
-
-def test_an_arm_that_never_gets_there_is_null() -> None:
-    scratch = [[(0, 5.0), (100, 2.0)]] * 3
-    never, once = [(0, 4.0), (100, 2.1)], [(0, 4.0), (50, 2.0), (100, 2.0)]
-    assert speedups({"scratch": scratch, "x": [never] * 3}, "scratch") == {"x": None}
-    assert speedups({"scratch": scratch, "x": [never, once, never]}, "scratch") == {"x": None}
-    found = speedups({"scratch": scratch, "x": [once, once, never]}, "scratch")["x"]
-    assert found == {"median": 2.0, "min": None, "max": 2.0, "per_seed": [2.0, 2.0, None]}
-
-
-def test_an_arm_that_starts_there_counts_with_one_batch() -> None:
-    curves = {"scratch": [[(0, 5.0), (160, 2.0)]], "x": [[(0, 1.0), (160, 0.5)]]}
-    found = speedups(curves, "scratch", floor=16)["x"]
-    assert found is not None
-    assert found["median"] == 10.0
-
-
-def test_without_the_base_there_is_no_speed_up() -> None:
-    assert speedups({"transfer": [[(0, 1.0)]]}, "scratch") == {}
-
-
-LOSSES = st.floats(min_value=0.1, max_value=10, allow_nan=False)
-CURVES = st.lists(
-    st.lists(LOSSES, min_size=2, max_size=6).map(lambda ys: [(100 * k, y) for k, y in enumerate(ys)]),
-    min_size=1, max_size=5,
-)  # fmt: skip
-
-
-@given(CURVES)
-def test_an_arm_against_itself_gains_nothing(runs_: list[list[tuple[int, float]]]) -> None:
-    found = speedups({"scratch": runs_, "same": runs_}, "scratch", floor=10)["same"]
-    assert found is not None
-    assert found["per_seed"] == [1.0] * len(runs_)
-
-
-@given(CURVES, st.data())
-def test_a_lower_curve_is_never_slower(runs_: list[list[tuple[int, float]]], data: st.DataObject) -> None:
-    lower = [[(s, y - data.draw(st.floats(0, 0.05))) for s, y in run] for run in runs_]
-    found = speedups({"scratch": runs_, "lower": lower}, "scratch", floor=10)["lower"]
-    assert found is not None
-    assert all(ratio >= 1 for ratio in found["per_seed"])
-    assert found["min"] <= found["median"] <= found["max"]
-    assert math.isfinite(found["max"])
-
-
-@given(CURVES, st.integers(2, 9))
-def test_twice_the_samples_halve_the_speed_up(runs_: list[list[tuple[int, float]]], times: int) -> None:
-    slower = [[(s * times, y) for s, y in run] for run in runs_]
-    found = speedups({"scratch": runs_, "slow": slower}, "scratch", floor=1)["slow"]
-    assert found is not None
-    for ratio, run in zip(found["per_seed"], runs_, strict=True):
-        at_start = min(run, key=lambda point: point[1])[0] == 0
-        assert ratio == pytest.approx(1.0 if at_start else 1 / times)
 
 
 # --- probe, evaluate, caption, validate ---------------------------------------------------------

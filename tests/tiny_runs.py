@@ -24,6 +24,8 @@ from vpgtrans.recipe import Recipe, parse_recipe
 COLOURS = {"red": (220, 30, 30), "white": (250, 250, 250), "blue": (30, 40, 220), "yellow": (240, 220, 40)}
 THINGS = ("cat", "clock", "flag", "helmet", "sofa", "bicycle", "window", "sun")
 QFORMER = {"kind": "qformer", "queries": 4, "width": 16, "layers": 2, "heads": 2, "hidden": 32}
+WARMUP = {"name": "warmup", "trainable": {"projector": "full"}, "lr": 1e-3, "budget": {"samples": 4}, "batch_size": 4}
+"""The shortest stage: one update."""
 
 
 def write_captions(path: Path, *, count: int = 24, unreadable: Collection[int] = (), side: int = 32) -> Path:

@@ -23,7 +23,14 @@ from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import ARMS, Budget, Recipe, Stage
 from vpgtrans.report import compare_plot, write_compare_report
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
-from vpgtrans.runs.parts import check_references, fresh_connector, open_mixture, open_source, pick_device
+from vpgtrans.runs.parts import (
+    check_references,
+    flushed_denormals,
+    fresh_connector,
+    open_mixture,
+    open_source,
+    pick_device,
+)
 from vpgtrans.runs.start import begin, prepare
 from vpgtrans.runs.training import Interrupted, run_stages
 from vpgtrans.transfer.initialisers import initialise
@@ -41,6 +48,7 @@ DEFINITIONS = {
 Curve = list[tuple[int, float]]
 
 
+@flushed_denormals()
 def compare(
     recipe: Recipe,
     *,

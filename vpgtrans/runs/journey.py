@@ -19,7 +19,7 @@ from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import check_run, create_run, first_process
-from vpgtrans.runs.parts import check_references, open_mixture, open_source, pick_device, readable
+from vpgtrans.runs.parts import check_references, flushed_denormals, open_mixture, open_source, pick_device, readable
 from vpgtrans.runs.start import Start, begin, describe, prepare
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.fit import peak_memory
@@ -69,6 +69,7 @@ def train(
     return _journey(chosen, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
 
 
+@flushed_denormals()
 def _journey(recipe: Recipe, *, output: Path | None, resume: bool, overwrite: bool, dry_run: bool, device: str) -> Path:
     started = time.perf_counter()
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)

@@ -1,7 +1,9 @@
 """Opening what a recipe names: the source's VPG, the target LLM, the data."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +98,11 @@ def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device, and the processor set up for training.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device.
 
     Raises:
         TransferError: it isn't there.
     """
-    # Moments of the optimizer decay into denormal numbers, on which a CPU is some twenty times slower. New threads
-    # inherit the setting, so it comes before the first parallel operation.
-    torch.set_flush_denormal(True)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -120,6 +119,21 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise TransferError("--device mps: this machine has no Apple GPU that torch can use")
     return device
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Within the block the CPU takes denormal numbers for zero, and does as before afterwards.
+
+    Moments of the optimizer decay into denormal numbers, on which a CPU is some twenty times slower. New threads
+    inherit the setting, so the block begins before the first parallel operation.
+    """
+    before = sys.float_info.min / 2 == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def open_mixture(sources: list[DataSource]) -> Mixture:

@@ -154,7 +154,11 @@ class HuggingFaceEncoder(Encoder):
         vision = _vision_config(config)
         side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
         if not isinstance(side, int) or not isinstance(patch, int):
-            raise RecipeError(f"encoder: {vision.model_type} has no square images and patches, which are needed here")
+            named = f" ({config.reference})" if config.reference else ""
+            raise RecipeError(
+                f"encoder: {vision.model_type}{named} has no square images and patches; right would be a vision "
+                "transformer such as CLIP, SigLIP, DINOv2 or ViT"
+            )
         architecture = {key: value for key, value in vision.to_diff_dict().items() if key not in _VOLATILE}
         self.config = config.model_copy(update={"architecture": architecture})
         self.model = _model_class(vision)(vision, **_without_pooling(vision))
