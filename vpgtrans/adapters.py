@@ -13,6 +13,20 @@ from torch import Tensor
 from vpgtrans.errors import CheckpointError
 from vpgtrans.parts import check_fit
 
+ADAPTER_MODULES = frozenset({"lora_A", "lora_B"})
+_WRAPPED = "base_layer"
+"""What peft calls a layer inside the one that adapts it."""
+
+
+def base_state(model: Any) -> dict[str, Tensor]:
+    """The tensors of a base model under its own names, also where peft has put an adapter into its layers."""
+    named = ((name.split("."), tensor) for name, tensor in model.state_dict().items())
+    return {
+        ".".join(part for part in parts if part != _WRAPPED): tensor
+        for parts, tensor in named
+        if ADAPTER_MODULES.isdisjoint(parts)
+    }
+
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """The tensors of a PeftModel's adapter, named as in its file."""

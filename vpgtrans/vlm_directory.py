@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 
-from vpgtrans.adapters import open_adapter
+from vpgtrans.adapters import base_state, open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
 from vpgtrans.llm import Fingerprint, open_llm
@@ -82,7 +82,7 @@ def save_vlm(
         model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
     if llm_trained:
         base = model.get_base_model() if adapted else model
-        base.save_pretrained(temporary / "llm")
+        base.save_pretrained(temporary / "llm", state_dict=base_state(base))
         vlm.llm.tokenizer.save_pretrained(temporary / "llm")
     (temporary / "README.md").write_text(card)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())

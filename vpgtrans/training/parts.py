@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vpgtrans.adapters import adapter_state, put_adapter
+from vpgtrans.adapters import ADAPTER_MODULES, adapter_state, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
@@ -15,7 +15,6 @@ from vpgtrans.recipe import Stage
 from vpgtrans.vlm import VLM
 
 PARTS: tuple[Part, ...] = ("encoder", "connector", "projector", "llm")
-_ADAPTER_MODULES = frozenset({"lora_A", "lora_B"})
 
 
 def part_module(vlm: VLM, part: Part) -> nn.Module:
@@ -53,7 +52,7 @@ def set_trainable(vlm: VLM, stage: Stage) -> None:
             add_adapter(vlm, stage.lora)
             module = vlm.language_model
         for name, parameter in module.named_parameters():
-            of_adapter = not _ADAPTER_MODULES.isdisjoint(name.split("."))
+            of_adapter = not ADAPTER_MODULES.isdisjoint(name.split("."))
             parameter.requires_grad_(mode == ("lora" if of_adapter else "full"))
         if mode == "full":
             module.float()  # updates of a large-rate optimizer vanish in half precision
