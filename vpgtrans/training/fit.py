@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,7 +298,11 @@ class StageRun:
             if progress.update == 0:
                 self.validate()
             if len(self.data):
-                trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
+                with warnings.catch_warnings():
+                    # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
+                    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+                    warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
+                    trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
                 self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
         put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {stage.name}")
         self.vlm.eval()
