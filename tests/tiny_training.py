@@ -1,0 +1,174 @@
+"""A VLM, data and recipes for training tests that take a second; as a script, one run that may kill itself.
+
+Not a test file.
+
+    python tests/tiny_training.py ROOT RUN [--resume] [--signal STAGE UPDATE NAME]
+
+trains by RUN/recipe.json and writes RUN/final.safetensors.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_llm
+from torch import Tensor
+
+from vpgtrans.config import HuggingFaceEncoderConfig, ImageConfig, ProjectorConfig, PromptConfig, QFormerConnectorConfig
+from vpgtrans.data.sources import Mixture
+from vpgtrans.errors import DataError, VpgTransError
+from vpgtrans.llm import open_llm
+from vpgtrans.projector import Projector
+from vpgtrans.recipe import Recipe, parse_recipe
+from vpgtrans.runs.directory import RunDirectory
+from vpgtrans.runs.training import run_stages
+from vpgtrans.training.fit import StageResult
+from vpgtrans.training.module import StageModule
+from vpgtrans.vision import connectors, encoders
+from vpgtrans.vision.vpg import VPG
+from vpgtrans.vlm import VLM
+
+SIDE = 28
+COLOURS = ("red", "white", "blue", "yellow")
+THINGS = ("cat", "clock on the wall", "flag of Japan with a red sun", "helmet", "sofa")
+
+WARMUP: dict[str, Any] = {
+    "name": "warmup", "trainable": {"projector": "full"}, "lr": 5e-3, "budget": {"samples": 24}, "batch_size": 4,
+    "validate_every": 8,
+}  # fmt: skip
+FINETUNE: dict[str, Any] = {
+    "name": "finetune", "trainable": {"connector": "full", "projector": "full", "llm": "lora"}, "lr": 2e-3,
+    "budget": {"samples": 24}, "batch_size": 4, "validate_every": 8, "augment": False, "lora": {"dropout": 0.1},
+}  # fmt: skip
+
+
+class Pictures:
+    """Noise images with captions: what `Captions` offers, without a file. Rows in `unreadable` can't be read."""
+
+    def __init__(self, count: int, *, seed: int = 0, unreadable: Collection[int] = ()):
+        self.ids = [f"s{seed}-{row:02d}" for row in range(count)]
+        self.captions = [f"a {COLOURS[row % 4]} {THINGS[row % 5]}" for row in range(count)]
+        self.weights = np.ones(count)
+        self.unreadable = set(unreadable)
+        self.fingerprint = f"pictures {count} {seed} {sorted(unreadable)}"
+        self._pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.unreadable:
+            raise DataError(f"sample {self.ids[index]}: no image")
+        return Image.fromarray(self._pixels[index])
+
+
+def mixtures(*, unreadable: Collection[int] = ()) -> dict[str, Any]:
+    """`train` and `validation` of run_stages."""
+    return {
+        "train": Mixture([(Pictures(14, unreadable=unreadable), 1.0)]),  # type: ignore[list-item]
+        "validation": Mixture([(Pictures(5, seed=1), 1.0)]),  # type: ignore[list-item]
+    }
+
+
+def make_models(root: Path, *, family: str = "llama") -> Path:
+    """A vision encoder and an LLM on disk."""
+    config = transformers.ViTConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=14, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(root / "encoder")
+    tiny_llm(family, root / "llm")
+    return root
+
+
+def build_vlm(root: Path, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> VLM:
+    """The same VLM every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        image = ImageConfig(size=SIDE, resample="bilinear")
+        encoder = encoders.build(HuggingFaceEncoderConfig(reference=str(root / "encoder"), image=image))
+        config = QFormerConnectorConfig(queries=3, width=16, layers=2, heads=2, hidden=32, dropout=dropout)
+        connector = connectors.build(config, width_in=encoder.width, patches=encoder.patches)
+        llm = open_llm(str(root / "llm"), dtype=dtype)
+        projector = Projector(ProjectorConfig(), connector.width, llm.width, word_rms=llm.word_rms)
+    return VLM(VPG(encoder, connector), projector, llm, prompt=PromptConfig())
+
+
+def make_recipe(stages: Sequence[dict[str, Any]] = (WARMUP, FINETUNE), **changes: Any) -> Recipe:
+    entry = [{"dataset": "unused"}]
+    keys = {
+        "name": "tiny",
+        "source": {"vpg": "unused"},
+        "target": {"llm": "unused"},
+        "data": {"train": entry, "validation": entry},
+        "stages": list(stages),
+        "trainer": {"precision": "fp32", "devices": 1},
+    }
+    return parse_recipe(keys | changes)
+
+
+def train(
+    vlm: VLM, recipe: Recipe, run: Path, *, resume: bool = False, unreadable: Collection[int] = ()
+) -> list[StageResult]:
+    run.mkdir(parents=True, exist_ok=True)
+    return run_stages(vlm, recipe, RunDirectory(run), resume=resume, **mixtures(unreadable=unreadable))
+
+
+def all_tensors(vlm: VLM) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in vlm.state_dict().items()}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def signal_at(stage: str, update: int, name: str) -> None:
+    """From now on this process sends itself a signal when update number `update` of a stage begins."""
+    step = StageModule.training_step
+
+    def training_step(self: StageModule, batch: Any, batch_idx: int) -> None:
+        if self.stage.name == stage and self.done == update:
+            os.kill(os.getpid(), signal.Signals[name])
+        step(self, batch, batch_idx)
+
+    StageModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--signal", nargs=3)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--unreadable", type=int, nargs="*", default=[])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.signal:
+        stage, update, name = arguments.signal
+        signal_at(stage, int(update), name)
+    recipe = Recipe.model_validate_json((arguments.run / "recipe.json").read_text())
+    vlm = build_vlm(arguments.root, dropout=arguments.dropout)
+    try:
+        train(vlm, recipe, arguments.run, resume=arguments.resume, unreadable=arguments.unreadable)
+    except VpgTransError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    rank = os.environ.get("LOCAL_RANK", "0")
+    save_file(all_tensors(vlm), arguments.run / f"final{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
