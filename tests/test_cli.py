@@ -318,7 +318,9 @@ def test_a_wrong_recipe_is_refused_before_torch_is_loaded(recipe: str) -> None:
 def test_signals_unwind_the_run_and_set_the_exit_code(recipe: str, tmp_path: Path, number: int, code: int) -> None:
     started, saved = tmp_path / "started", tmp_path / "saved"
     script = f"""if True:
-        import sys, time, types, vpgtrans
+        import signal, sys, time, types, vpgtrans
+        # a parent that ignores SIGINT (a shell's background job) hands that down
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from pathlib import Path
         def transfer(recipe, **options):
             try:
