@@ -29,7 +29,8 @@ class Interrupted(VpgTransError):
     """A signal asked the run to stop; a checkpoint was written."""
 
     def __init__(self, signum: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {where} --resume goes on")
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; a checkpoint is in {where}, --resume continues from it")
         self.exit_code = 128 + signum
 
 
