@@ -4,12 +4,14 @@ import base64
 import contextlib
 import hashlib
 import importlib.util
+import json
 import threading
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,25 +94,91 @@ def test_any_text_resolves_or_is_refused_in_one_message(text):
 # --- the hub ------------------------------------------------------------------------------------
 
 
-def test_the_hub_downloads_one_format_of_weights(tmp_path, monkeypatch):
-    snapshot = tmp_path / "snapshots" / "0123abc"
-    asked = []
+TEXTS = {
+    ".gitattributes", "README.md", "LICENSE", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "preprocessor_config.json", "modeling_custom.py",
+}  # fmt: skip
+UNASKED = {".gitattributes", "LICENSE"}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+OTHERS = {"tf_model.h5", "flax_model.msgpack", "rust_model.ot", "onnx/model.onnx", "onnx/model.onnx_data", "big.gguf"}
 
-    def download(repo, *, revision, allow_patterns):
-        asked.append((repo, revision, tuple(allow_patterns)))
-        snapshot.mkdir(parents=True, exist_ok=True)
-        (snapshot / "config.json").write_text("{}")
-        if "*.safetensors" in allow_patterns:
-            (snapshot / "model.safetensors").touch()
-        return str(snapshot)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+class Hub:
+    """One repository behind `snapshot_download`, with the hub's own choice of files by patterns."""
+
+    def __init__(self, snapshot: Path, files: set[str]):
+        self.snapshot = snapshot
+        self.files = files
+        self.reachable = True
+        self.asked: list[tuple[str, str | None]] = []
+
+    def __call__(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((repo, revision))
+        if self.reachable:
+            for name in filter_repo_objects(self.files, allow_patterns=allow_patterns):
+                path = self.snapshot / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"weight_map": {str(i): s for i, s in enumerate(sorted(SHARDS))}}))
+        return str(self.snapshot)  # out of reach: what there is, as huggingface_hub may do
+
+    @property
+    def here(self) -> set[str]:
+        return {str(path.relative_to(self.snapshot)) for path in self.snapshot.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    """A repository with a whole model in every format that people upload."""
+    pickles = {"pytorch_model.bin", "pytorch_model.bin.index.json"}
+    indexed = {"model.safetensors.index.json", *SHARDS}
+    made = Hub(tmp_path / "snapshots" / "0123abc", TEXTS | OTHERS | pickles | indexed)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made)
     monkeypatch.chdir(tmp_path)
-    for reference in ("hf:org/repo@v1", "org/repo@v1"):
-        found = references.resolve(reference)
-        assert (found.kind, found.path, found.revision) == ("directory", snapshot, "0123abc")
-    assert [entry[:2] for entry in asked[:2]] == [("org/repo", "v1"), ("org/repo", "0123abc")]
-    assert not any("*.bin" in patterns for _, _, patterns in asked)
+    return made
+
+
+INDEXES = {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
+
+@pytest.mark.parametrize("reference", ["hf:org/repo@v1", "org/repo@v1"])
+def test_the_hub_downloads_one_format_of_weights(hub, reference):
+    found = references.resolve(reference)
+    assert (found.kind, found.path, found.revision) == ("directory", hub.snapshot, "0123abc")
+    assert hub.asked == [("org/repo", "v1"), ("org/repo", "0123abc")]
+    assert hub.here == (TEXTS - UNASKED) | INDEXES | SHARDS
+
+
+@pytest.mark.parametrize("reference", ["hf:org/repo", "org/repo"])
+def test_the_hub_downloads_no_weights_where_none_are_needed(hub, reference):
+    found = references.resolve(reference, weights=False)
+    assert (found.kind, found.path, found.revision) == ("directory", hub.snapshot, "0123abc")
+    assert hub.here == (TEXTS - UNASKED) | INDEXES
+    # the weights are still got when they are needed, though the directory is there
+    assert references.resolve(reference).path == hub.snapshot
+    assert hub.here >= SHARDS
+
+
+def test_pickles_are_downloaded_where_there_is_nothing_else(hub):
+    hub.files -= SHARDS | {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+    references.resolve("org/repo")
+    assert hub.here == (TEXTS - UNASKED) | {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("shard", [None, *sorted(SHARDS)])
+def test_a_copy_of_the_hub_without_all_weights_is_not_taken_for_whole(hub, shard):
+    """Out of the hub's reach, what a look at the config left here must not pass for the model."""
+    references.resolve("org/repo", weights=False)
+    hub.reachable = False
+    if shard is not None:
+        (hub.snapshot / shard).touch()
+    saying = r"any \*\.safetensors, any \*\.bin" if shard is None else (SHARDS - {shard}).pop()
+    with pytest.raises(ReferenceError_, match=rf"org/repo lacks {saying}\. .*hf download org/repo"):
+        references.resolve("org/repo")
+    assert references.resolve("org/repo", weights=False).path == hub.snapshot
+    for name in SHARDS:
+        (hub.snapshot / name).touch()
+    assert references.resolve("org/repo").path == hub.snapshot
 
 
 def test_a_hub_out_of_reach_says_what_was_tried(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import WARMUP, Tiny, build_tiny, write_captions
+from tiny_runs import WARMUP, Tiny, build_tiny, source_keys, write_captions
+from tiny_vlms import tiny_blip2
 
 import vpgtrans as vt
 from vpgtrans import runs
 from vpgtrans.cli.root import cli
-from vpgtrans.errors import OutputError
+from vpgtrans.errors import OutputError, ReferenceError_
 from vpgtrans.projector import Projector
-from vpgtrans.recipe import Recipe, dump
+from vpgtrans.recipe import Recipe, dump, parse_recipe
+from vpgtrans.references import file_sha256
 from vpgtrans.runs import journey
+from vpgtrans.runs.parts import check_references
 
 
 @pytest.fixture(scope="module")
@@ -418,10 +423,6 @@ def test_caption_one_and_several_and_json(finished: Path, tmp_path: Path) -> Non
 
 
 def test_validate_reads_no_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import shutil
-
-    from tiny_vlms import tiny_blip2
-
     bare = tmp_path / "llm-without-weights"
     shutil.copytree(tiny.target_llm, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     imported = tiny_blip2(tmp_path / "blip2")
@@ -431,6 +432,51 @@ def test_validate_reads_no_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
     assert (found["train_samples"], found["validation_samples"], found["visual_tokens"]) == (24, 8, 4)
     found = runs.validate(tiny.transfer_recipe(target={"llm": str(bare)}, source={"vpg": str(imported)}))
     assert found["source_model"] == "blip-2"
+
+
+def test_validate_downloads_no_weights(
+    tiny: Tiny, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Hub references of the target, an imported source, a VLM's encoder and an encoder to start from."""
+    models = {"org/llm": tiny.target_llm, "org/blip2": tiny_blip2(tmp_path / "blip2"), "org/vit": tiny.encoder}
+    asked: list[str] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert not {"model.safetensors", "pytorch_model.bin"} & set(
+            huggingface_hub.utils.filter_repo_objects(
+                ["config.json", "model.safetensors", "pytorch_model.bin"], allow_patterns=allow_patterns
+            )
+        )
+        asked.append(repo)
+        snapshot = tmp_path / "hub" / repo / "0123abc"
+        shutil.copytree(models[repo], snapshot, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    llm = {"llm": "hf:org/llm"}
+    assert runs.validate(tiny.transfer_recipe(target=llm, source={"vpg": "hf:org/blip2"}))["source_model"] == "blip-2"
+    check_references(tiny.transfer_recipe(target=llm, source={"vpg": "hf:org/blip2"}))
+    assert set(asked) == {"org/llm", "org/blip2"}
+
+    ours = shutil.copytree(finished / "vlm", tmp_path / "vlm")
+    written = read(ours / "encoder" / "config.json")
+    written["encoder"]["reference"] = "hf:org/vit"
+    (ours / "encoder" / "config.json").write_text(json.dumps(written))
+    manifest = read(ours / "manifest.json")
+    file = ours / "encoder" / "config.json"
+    manifest["files"]["encoder/config.json"] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    (ours / "manifest.json").write_text(json.dumps(manifest))
+    asked.clear()
+    assert runs.validate(tiny.transfer_recipe(target=llm, source={"vpg": str(ours)}))["visual_tokens"] == 4
+    assert set(asked) == {"org/llm", "org/vit"}
+
+    scratch = source_keys(Path("org/vit"), Path("org/llm"), tiny.data())
+    asked.clear()
+    assert runs.validate(parse_recipe(scratch))["target_model"] == "qwen3"
+    assert set(asked) == {"org/llm", "org/vit"}
+    with pytest.raises(ReferenceError_, match="absent"):
+        runs.validate(parse_recipe(source_keys(Path("absent"), Path("org/llm"), tiny.data())))
 
 
 # --- Python -------------------------------------------------------------------------------------

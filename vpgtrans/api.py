@@ -113,7 +113,7 @@ def probe(
 
 
 def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
-    """Check a recipe, its references and widths, without loading weights."""
+    """Check a recipe, its references and widths, without the weights of LLMs and encoders."""
     checked = _recipe(recipe, overrides)
     from vpgtrans import runs  # after the checks: it loads torch
 

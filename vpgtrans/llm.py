@@ -205,7 +205,7 @@ def open_llm(
 
 def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
     """The `transformers` config of an LLM; no weights are read (a GGUF's header is)."""
-    found = _resolve_llm(reference)
+    found = _resolve_llm(reference, weights=False)
     if found.kind == "gguf":
         return gguf_files.open_config(found.path)
     config = _config(reference, found.path, trust_remote_code=trust_remote_code)
@@ -215,7 +215,7 @@ def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
 
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an LLM (or of a composite checkpoint); no weights are read."""
-    found = _resolve_llm(reference)
+    found = _resolve_llm(reference, weights=False)
     directory = gguf_files.tokenizer_directory(found.path) if found.kind == "gguf" else found.path
     return _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
 
@@ -268,8 +268,8 @@ def _looked_up(layer: nn.Module, weight: Tensor, config: Any) -> Tensor:
     return matrix
 
 
-def _resolve_llm(reference: str) -> Resolved:
-    found = resolve(reference)
+def _resolve_llm(reference: str, *, weights: bool = True) -> Resolved:
+    found = resolve(reference, weights=weights)
     if found.kind == "vlm":
         raise ReferenceError_(
             f"{reference}: {found.path} is a VLM directory, not an LLM. Name the LLM itself "

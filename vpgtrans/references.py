@@ -16,6 +16,7 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -114,15 +115,18 @@ def digest(path: Path, algorithm: str = "sha256") -> bytes:
 # --- resolving ----------------------------------------------------------------------------------
 
 
-def resolve(reference: str) -> Resolved:
+def resolve(reference: str, *, weights: bool = True) -> Resolved:
     """The local path of `reference`, downloaded or joined where needed.
+
+    weights: False where config and tokenizer are enough. Of a hub repository only these are fetched then, so the
+    directory may lack its weights until a full `resolve`; all other forms are the same either way.
 
     Raises ReferenceError_ when it names nothing that can be opened (the message says what was tried), IntegrityError
     when a checksum differs.
     """
     scheme, colon, rest = reference.partition(":")
     schemes: dict[str, Callable[[str, str], Resolved]] = {
-        "hf": _resolve_hub,
+        "hf": functools.partial(_resolve_hub, weights=weights),
         "pip": _resolve_distribution,
         "registry": _resolve_registry,
     }
@@ -141,7 +145,8 @@ def resolve(reference: str) -> Resolved:
     if is_file:
         return Resolved(reference, path, _file_kind(reference, path), None)
     if _REPO.fullmatch(reference) and not path.is_absolute():
-        return _resolve_hub(reference, reference, tried=f"the local path {path.absolute()} (does not exist)")
+        tried = f"the local path {path.absolute()} (does not exist)"
+        return _resolve_hub(reference, reference, weights=weights, tried=tried)
     if colon and re.fullmatch(r"[a-z][a-z0-9]+", scheme):
         near = difflib.get_close_matches(scheme, schemes, n=1)
         hint = f" Did you mean {near[0]}:{rest}?" if near else ""
@@ -200,10 +205,10 @@ def _resolve_registry(reference: str, name: str) -> Resolved:
 
 # What opening a model needs besides weights, then the weights by preference: no second format is downloaded.
 _TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "*.yaml"]
-_WEIGHT_FORMATS = (["*.safetensors"], ["*.bin"])
+_WEIGHT_FORMATS = (".safetensors", ".bin")
 
 
-def _resolve_hub(reference: str, name: str, *, tried: str = "") -> Resolved:
+def _resolve_hub(reference: str, name: str, *, weights: bool, tried: str = "") -> Resolved:
     match = _REPO.fullmatch(name)
     if match is None:
         raise ReferenceError_(f"{reference}: {name!r} is not of the form ORG/REPO[@REVISION]")
@@ -214,10 +219,8 @@ def _resolve_hub(reference: str, name: str, *, tried: str = "") -> Resolved:
     attempts = [tried] if tried else []
     try:
         path = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_TEXTS))
-        for patterns in _WEIGHT_FORMATS:
-            huggingface_hub.snapshot_download(repo, revision=path.name, allow_patterns=patterns)
-            if any(file.match(patterns[0]) for file in path.rglob("*")):
-                break
+        if weights:
+            _download_weights(reference, repo, path)
     except errors.GatedRepoError as error:
         raise ReferenceError_(
             f"{reference}: {repo} is gated. Accept its terms at https://huggingface.co/{repo}, then run `hf auth login`"
@@ -239,6 +242,38 @@ def _resolve_hub(reference: str, name: str, *, tried: str = "") -> Resolved:
         ) from error
     kind, found = _classify(reference, path)
     return Resolved(reference, found, kind, path.name)
+
+
+def _download_weights(reference: str, repo: str, snapshot: Path) -> None:
+    """Complete a snapshot that holds the texts. Raises ReferenceError_ where weights are missing afterwards."""
+    import huggingface_hub
+
+    for suffix in _WEIGHT_FORMATS:
+        huggingface_hub.snapshot_download(repo, revision=snapshot.name, allow_patterns=[f"*{suffix}"])
+        # Out of the hub's reach a download may return what lies here already, so it is looked at.
+        if any(snapshot.rglob(f"*{suffix}")):
+            missing = _missing_shards(snapshot, suffix)
+            break
+    else:
+        missing = [f"any *{suffix}" for suffix in _WEIGHT_FORMATS]
+    if missing:
+        raise ReferenceError_(
+            f"{reference}: this machine's copy of {repo} lacks {', '.join(missing[:8])}. If the hub has it, run "
+            f"`hf download {repo}` on a machine with network; or name a local directory, a .gguf file or "
+            "pip:DISTRIBUTION"
+        )
+
+
+def _missing_shards(snapshot: Path, suffix: str) -> list[str]:
+    """The files that the snapshot's index of shards names and that are not there."""
+    missing: set[str] = set()
+    for index in snapshot.glob(f"*{suffix}.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"{index}: not an index of shards: {error!r}") from error
+        missing |= {shard for shard in shards if not (snapshot / shard).is_file()}
+    return sorted(missing)
 
 
 def _root_cause(error: BaseException) -> str:

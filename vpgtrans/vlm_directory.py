@@ -120,8 +120,12 @@ def save_vlm(
     return directory
 
 
-def load_vision(reference: str) -> Vision:
+def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
     """Read VPG and projector of a VLM directory, a run or a registry entry; the LLM is not opened.
+
+    Args:
+        encoder_weights: False leaves an encoder that the directory only refers to with random weights: its reference,
+            which may be gigabytes, is not opened.
 
     Raises:
         ReferenceError_: the reference is no VLM directory.
@@ -141,10 +145,10 @@ def load_vision(reference: str) -> Vision:
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{directory}: a config is malformed: {error}") from error
     carried = (directory / "encoder" / "model.safetensors").exists()
-    encoder = encoders.build(encoder_config, load_weights=not carried)
+    encoder = encoders.build(encoder_config, load_weights=encoder_weights and not carried)
     if carried:
         load_strict(encoder, read_weights(directory / "encoder"), where=str(directory / "encoder"))
-    elif encoder.reference_sha256 != encoder_written["sha256"]:
+    elif encoder_weights and encoder.reference_sha256 != encoder_written["sha256"]:
         raise IntegrityError(
             f"{directory}: the encoder from {encoder_config.reference} has the hash {encoder.reference_sha256}, "
             f"this VPG was trained with {encoder_written['sha256']}"

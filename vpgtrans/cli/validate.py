@@ -23,7 +23,10 @@ from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_argu
 @click.option("--print", "show", is_flag=True, help="Print the recipe with every default written out.")
 @json_option
 def command(recipe: Path, overrides: tuple[str, ...], *, schema_only: bool, show: bool, as_json: bool) -> None:
-    """Check a recipe: keys and values, that its references resolve, that widths fit. No weights are loaded."""
+    """Check a recipe: keys and values, that its references resolve, that widths fit.
+
+    Of models on the hub only configs and tokenizers are downloaded; neither LLMs nor encoders are loaded.
+    """
     if show and as_json:
         raise click.UsageError("--print and --json exclude each other.")
     checked = read_recipe(recipe, overrides)

@@ -141,12 +141,12 @@ def open_mixture(sources: list[DataSource]) -> Mixture:
     return Mixture([(open_captions(source), source.weight) for source in sources])
 
 
-def check_widths(source: Source) -> None:
+def check_widths(vpg: VPG, projector: Projector | None) -> None:
     """Raises TransferError if a source's VPG and projector do not belong together."""
-    if source.projector is not None and source.projector.width_in != source.vpg.width:
+    if projector is not None and projector.width_in != vpg.width:
         raise TransferError(
-            f"source.vpg: the VPG gives tokens of width {source.vpg.width}, its projector takes "
-            f"{source.projector.width_in}: they do not belong together"
+            f"source.vpg: the VPG gives tokens of width {vpg.width}, its projector takes {projector.width_in}: "
+            "they do not belong together"
         )
 
 
@@ -158,7 +158,7 @@ def check_references(recipe: Recipe) -> None:
     """
     open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
     if isinstance(recipe.source.vpg, str):
-        resolve(recipe.source.vpg)
+        resolve(recipe.source.vpg, weights=False)
 
 
 def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:

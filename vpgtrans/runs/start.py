@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     Raises:
         ReferenceError_, CheckpointError, TransferError: what doesn't open or doesn't fit.
     """
-    check_widths(source)
+    check_widths(source.vpg, source.projector)
     llm = open_target(recipe, device=device)
     source.vpg.to(device)
     rows = [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]

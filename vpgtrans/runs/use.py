@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vpgtrans.config import VPGConfig
+from vpgtrans.config import EncoderConfig, VPGConfig
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.sources import Mixture, open_captions
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
@@ -17,7 +17,7 @@ from vpgtrans.references import resolve
 from vpgtrans.runs.parts import check_references, check_widths, open_mixture, open_source, pick_device, readable
 from vpgtrans.runs.start import prepare, score_candidates
 from vpgtrans.vision.importers import importable
-from vpgtrans.vlm_directory import load_vlm
+from vpgtrans.vlm_directory import load_vision, load_vlm
 
 
 def caption(
@@ -104,34 +104,44 @@ def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -
 
 
 def validate(recipe: Recipe) -> dict[str, Any]:
-    """Check that references resolve and data opens, without loading an LLM's weights.
+    """Check that references resolve, data opens and widths fit. Neither LLMs nor encoders are downloaded or loaded.
 
     Raises:
         ReferenceError_, DataError, TransferError: what doesn't.
     """
     found: dict[str, Any] = {}
-    resolved = None if isinstance(recipe.source.vpg, VPGConfig) else resolve(recipe.source.vpg)
+    vpg = recipe.source.vpg
+    resolved = None if isinstance(vpg, VPGConfig) else resolve(vpg, weights=False)
     if resolved is not None:
         found["source"] = str(resolved.path)
-    found["target"] = str(resolve(recipe.target.llm).path)
+    found["target"] = str(resolve(recipe.target.llm, weights=False).path)
     config = open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
     found["target_model"] = config.get_text_config().model_type
     for role, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
         found[f"{role}_samples"] = sum(len(open_captions(source)) for source in sources)
-    if resolved is not None and resolved.kind != "vlm":
+    if isinstance(vpg, VPGConfig):
+        _check_encoder(vpg.encoder)
+    elif resolved is not None and resolved.kind != "vlm":
         found["source_model"] = importable(resolved.path)
-    elif resolved is not None:
-        # our own VPGs are a few megabytes, and reading them checks their hashes
-        source = open_source(resolved.reference, seed=recipe.seed)
-        check_widths(source)
-        found["visual_tokens"] = source.vpg.tokens
-        if recipe.initialiser.kind == "keep" and source.projector is not None:
-            width = getattr(config.get_text_config(), "hidden_size", source.projector.width_out)
-            if width != source.projector.width_out:
+    else:
+        # our own connectors and projectors are a few megabytes, and reading them checks their hashes
+        vision = load_vision(vpg, encoder_weights=False)
+        _check_encoder(vision.vpg.encoder.config)
+        check_widths(vision.vpg, vision.projector)
+        found["visual_tokens"] = vision.vpg.tokens
+        if recipe.initialiser.kind == "keep":
+            width = getattr(config.get_text_config(), "hidden_size", vision.projector.width_out)
+            if width != vision.projector.width_out:
                 raise TransferError(
-                    f"initialiser keep: the projector gives width {source.projector.width_out}, the target has {width}"
+                    f"initialiser keep: the projector gives width {vision.projector.width_out}, the target has {width}"
                 )
     return found
+
+
+def _check_encoder(config: EncoderConfig) -> None:
+    """Raises ReferenceError_ where an encoder's reference names nothing."""
+    if config.reference is not None:
+        resolve(config.reference, weights=False)
 
 
 def _dataset_and_split(name: str) -> tuple[str, str]:

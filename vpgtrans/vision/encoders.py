@@ -253,7 +253,7 @@ def _vision_config(config: HuggingFaceEncoderConfig) -> PreTrainedConfig:
         except StrictDataclassError as error:
             raise RecipeError(f"encoder.architecture: {error}") from error
     elif config.reference is not None:
-        whole = open_config(_model_directory(config.reference))
+        whole = open_config(_model_directory(config.reference, weights=False))
         vision = getattr(whole, "vision_config", whole)
     else:
         raise RecipeError("encoder: needs a reference, or an architecture where a checkpoint carries the weights")
@@ -277,8 +277,8 @@ def _without_pooling(vision: PreTrainedConfig) -> dict[str, Any]:
     return {}
 
 
-def _model_directory(reference: str) -> Path:
-    resolved = resolve(reference)
+def _model_directory(reference: str, *, weights: bool = True) -> Path:
+    resolved = resolve(reference, weights=weights)
     if not (resolved.path / "config.json").is_file():
         raise ReferenceError_(f"{reference}: {resolved.path} holds no config.json of a transformers model")
     return resolved.path
