@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vpgtrans.config import ImageConfig
+from vpgtrans.config import EncoderConfig, ImageConfig
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.vision.preprocess import ImageTransform, image_config_from, open_image, to_rgb
 
@@ -23,6 +26,8 @@ PROCESSORS = {
     "clip": (CLIPImageProcessorPil, {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}),
     "siglip": (SiglipImageProcessorPil, {"size": {"height": 40, "width": 40}}),
     "vit": (ViTImageProcessorPil, {"size": {"height": 40, "width": 40}}),
+    "dinov2": (BitImageProcessorPil, {"size": {"shortest_edge": 46}, "crop_size": {"height": 40, "width": 40}}),
+    "crop-odd": (BitImageProcessorPil, {"size": {"shortest_edge": 45}, "crop_size": 40, "resample": 2}),
     "clip-old": (CLIPImageProcessorPil, {"size": 40, "crop_size": 40}),
     "no-normalise": (ViTImageProcessorPil, {"size": {"height": 40, "width": 40}, "do_normalize": False}),
     "other-factor": (ViTImageProcessorPil, {"size": {"height": 40, "width": 40}, "rescale_factor": 1 / 127.5}),
@@ -64,7 +69,9 @@ def test_processor_configs_of_both_generations_are_read(tmp_path):
     [
         {"size": {"height": 30, "width": 40}},
         {"size": {"shortest_edge": 30}},
-        {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 30},
+        {"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": 32},
+        {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 30, "do_pad": True},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": True, "crop_size": 30},
         {"size": {"longest_edge": 30}},
         {"size": 30, "resample": 0},
     ],
@@ -75,10 +82,49 @@ def test_preprocessing_without_words_for_it_is_refused(tmp_path, stated):
         image_config_from(tmp_path)
 
 
-@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
+def test_dinov2s_own_preprocessing_resizes_and_then_crops(tmp_path):
+    stated = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    config = image_config_from(tmp_path)
+    assert (config.size, config.fit, config.resize) == (224, "crop", 256)
+    # a frame of 32 pixels at full height is what the crop takes off
+    image = Image.new("RGB", (256, 256), (255, 0, 0))
+    image.paste((0, 255, 0), (16, 16, 240, 240))
+    assert ImageTransform(config).square(image).getcolors() == [(224 * 224, (0, 255, 0))]
+
+
+@pytest.mark.parametrize(
+    ("keys", "saying"),
+    [
+        ({"fit": "squash", "resize": 256}, "fit: crop only"),
+        ({"fit": "pad", "resize": 256}, "fit: crop only"),
+        ({"fit": "crop", "resize": 223}, "below size"),
+        ({"fit": "crop", "resize": 0}, "greater than 0"),
+    ],
+)
+def test_a_resize_goes_before_a_crop_and_is_no_smaller(keys, saying):
+    with pytest.raises(ValidationError, match=saying):
+        ImageConfig(size=224, **keys)
+
+
+def test_a_config_without_resize_is_written_as_before_there_was_one():
+    """Keys of feature caches and the files of VLM directories hang on it."""
+    plain = ImageConfig(size=30, fit="crop")
+    assert list(plain.model_dump(mode="json")) == ["size", "fit", "resample", "mean", "std", "background"]
+    assert list(plain.model_dump()) == list(json.loads(plain.model_dump_json())) == list(plain.model_dump(mode="json"))
+    larger = ImageConfig(size=30, fit="crop", resize=32)
+    for config in (plain, larger):
+        assert ImageConfig.model_validate_json(config.model_dump_json()) == config
+    assert larger.model_dump()["resize"] == 32
+    file = Path(__file__).parent.parent / "checkpoints/openmoji-qformer-smollm2-135m/encoder/config.json"
+    written = json.loads(file.read_text())["encoder"]
+    assert TypeAdapter(EncoderConfig).validate_python(written).model_dump(mode="json") == written
+
+
+@pytest.mark.parametrize(("fit", "resize"), [("squash", None), ("crop", None), ("crop", 30), ("pad", None)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (33, 57), (300, 200)])
-def test_any_shape_becomes_a_finite_square(fit, size):
-    transform = ImageTransform(ImageConfig(size=24, fit=fit))
+def test_any_shape_becomes_a_finite_square(fit, resize, size):
+    transform = ImageTransform(ImageConfig(size=24, fit=fit, resize=resize))
     pixels = transform.batch([Image.new("RGB", size, (10, 20, 30))] * 2)
     assert pixels.shape == (2, 3, 24, 24)
     assert pixels.dtype == torch.float32

@@ -3,9 +3,19 @@
 The modules that build these parts take the class defined here: `vision.encoders.build(EncoderConfig)`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Config(BaseModel):
@@ -24,11 +34,27 @@ class ImageConfig(Config):
     """Side in pixels of the square the encoder sees."""
     fit: Literal["squash", "crop", "pad"] = "squash"
     """squash: resize both sides (BLIP-2). crop: resize the short side, cut the centre (CLIP). pad: letterbox."""
+    resize: PositiveInt | None = None
+    """Short side in pixels before a `crop` (DINOv2: 256 for size 224); None: size."""
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     background: tuple[int, int, int] = (255, 255, 255)
     """What transparent and padded pixels become."""
+
+    @model_validator(mode="after")
+    def _resize_before_a_crop(self) -> "ImageConfig":
+        if self.resize is not None and self.fit != "crop":
+            raise ValueError(f"resize: goes with fit: crop only, not with {self.fit}; leave it out")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: {self.resize} is below size, {self.size}, so there is nothing to cut")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without `resize` it reads as it did before there was one: cache keys and hashes of VLM directories stay.
+        fields = write(self)
+        return {key: value for key, value in fields.items() if (key, value) != ("resize", None)}
 
 
 class HuggingFaceEncoderConfig(Config):

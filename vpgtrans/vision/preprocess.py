@@ -1,8 +1,8 @@
 """From an image file to pixels: opening anything a data set may hold, and the encoder's own resizing and scaling.
 
-`squash` (BLIP, SigLIP, ViT) and `crop` (CLIP, LLaVA) agree with the image processors of `transformers` to float32
-rounding, without torchvision. `pad` resizes before it pads, which is cheaper than padding first; beside the border
-pixels differ a little from processors that pad first.
+`squash` (BLIP, SigLIP, ViT) and `crop` (CLIP, LLaVA, DINOv2) agree with the image processors of `transformers` to
+float32 rounding, without torchvision. `pad` resizes before it pads, which is cheaper than padding first; beside the
+border pixels differ a little from processors that pad first.
 """
 
 import io
@@ -94,7 +94,8 @@ class ImageTransform:
                 image = _center(image, min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width))
                 width, height = image.size
             # Truncation, not rounding, as CLIP's processor does it.
-            scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+            short = self.config.resize or size
+            scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
             return _center(image.resize(scaled, filter_), size, size)
         longest = max(width, height)
         scaled = max(1, round(width * size / longest)), max(1, round(height * size / longest))
@@ -122,11 +123,16 @@ def image_config_from(directory: str | Path) -> ImageConfig | None:
 
     crops = bool(stated.get("do_center_crop", False))
     side, fit = _side_and_fit(stated["size"], crops, path)
+    resize = None
     if crops:
-        cut = stated.get("crop_size", side)
-        cut_side, _ = _side_and_fit(cut, False, path)
+        cut_side, _ = _side_and_fit(stated.get("crop_size", side), False, path)
         if cut_side != side:
-            raise TransferError(f"{path}: resizes to {side} and crops to {cut_side}; only equal sizes are supported")
+            if fit != "crop" or cut_side > side or stated.get("do_pad", False):
+                raise TransferError(
+                    f"{path}: resizes to {stated['size']} and crops to {cut_side}; right would be a shortest_edge of "
+                    "at least the crop's size, without padding"
+                )
+            side, resize = cut_side, side
     if stated.get("do_pad", False):
         fit = "pad"
     resample = int(stated.get("resample", 3))
@@ -145,9 +151,8 @@ def image_config_from(directory: str | Path) -> ImageConfig | None:
         mean, std = [m / factor for m in mean], [s / factor for s in std]
     # LLaVA's own processor pads with the mean colour; elsewhere the background is seen only through transparency.
     background = tuple(min(255, max(0, int(255 * m))) for m in mean) if fit == "pad" else ImageConfig().background
-    return ImageConfig.model_validate(
-        {"size": side, "fit": fit, "resample": names[resample], "mean": mean, "std": std, "background": background}
-    )
+    fields = {"size": side, "fit": fit, "resize": resize, "resample": names[resample]}
+    return ImageConfig.model_validate(fields | {"mean": mean, "std": std, "background": background})
 
 
 def _side_and_fit(size: Any, crops: bool, path: Path) -> tuple[int, str]:
