@@ -212,7 +212,9 @@ class StageRun:
         changed: dict[Part, Mode],
         accelerator: str = "auto",
         stop: StopSignals | None = None,
+        features: Path | None = None,
     ):
+        """features: directory of the feature caches, if not the user's."""
         self.vlm = vlm
         self.recipe = recipe
         self.stage = stage = recipe.stages[index]
@@ -229,12 +231,12 @@ class StageRun:
 
         level, cached = boundary(stage, augmented=recipe.augments(stage))
         front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
-        samples = Samples(train, front, bad=bad, cached=cached)
+        samples = Samples(train, front, bad=bad, cached=cached, directory=features)
         first_sample = int(progress.stage_start["samples"])
         self.data = Updates(
             samples, stage, seed=recipe.seed, first_sample=first_sample, start=progress.update, stop=self.updates
         )
-        held_out = Samples(validation, front, bad=bad, cached=cached)
+        held_out = Samples(validation, front, bad=bad, cached=cached, directory=features)
         rows = np.arange(len(validation))
         if recipe.trainer.validate_samples is not None:
             # The same subset for every run: a fixed permutation, not the run's seed.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,11 +73,18 @@ class BadSamples:
 class Samples:
     """A mixture seen through a frozen front, cached or computed as asked."""
 
-    def __init__(self, mixture: Mixture, front: FrozenFront, *, bad: BadSamples, cached: bool):
+    def __init__(
+        self, mixture: Mixture, front: FrozenFront, *, bad: BadSamples, cached: bool, directory: Path | None = None
+    ):
+        """directory: of the feature caches, if not the user's."""
         self.mixture = mixture
         self.front = front
         self.bad = bad
-        self.caches = {id(source): FeatureCache(source, front) for source in mixture.sources} if cached else None
+        self.caches = (
+            {id(source): FeatureCache(source, front, directory=directory) for source in mixture.sources}
+            if cached
+            else None
+        )
 
     def prepare(self, rows: Sequence[int], title: str, *, each: Callable[[], None] = lambda: None) -> None:
         """Fill the caches with what the given rows of the mixture need; `each` is called before every batch."""
