@@ -1,6 +1,8 @@
 """Encoders, connectors and the VPG, against stock `transformers` and the real EfficientNet-Lite0."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +180,14 @@ def test_efficientnet_lite0_gives_the_features_of_its_own_package():
     torch.testing.assert_close(grid[:, 112:152], torch.nn.functional.avg_pool2d(maps[4], 2))
     # a coarser map is repeated: 5 x 5 -> 10 x 10
     torch.testing.assert_close(grid[:, 152:], expected.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+@pytest.mark.real
+def test_efficientnet_lite0_has_the_hash_that_the_committed_checkpoint_names():
+    file = Path(__file__).parent.parent / "checkpoints/openmoji-qformer-smollm2-135m/encoder/config.json"
+    written = json.loads(file.read_text())
+    encoder = encoders.build(EfficientNetLite0Config.model_validate(written["encoder"]))
+    assert encoder.reference_sha256 == written["sha256"]
 
 
 @pytest.mark.real

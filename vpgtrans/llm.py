@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from vpgtrans import gguf_files
 from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
+from vpgtrans.parts import tensor_bytes
 from vpgtrans.references import Resolved, resolve
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def embeddings_sha256(weight: Tensor) -> str:
     """A hash of an embedding table [V, d] as contiguous bf16 bytes."""
     digest = hashlib.sha256()
     for rows in weight.detach().split(16384):
-        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(tensor_bytes(rows.to("cpu", torch.bfloat16)))
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """One part of a VLM on disk: a directory with `config.json` and `model.safetensors`, read strictly."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -75,6 +76,23 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as they lie in memory when contiguous, whatever its dtype."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Manifests of VLM directories hold such hashes: with another format they could no longer be checked.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:

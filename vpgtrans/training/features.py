@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from vpgtrans.errors import DataError
+from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
 from vpgtrans.references import cache_dir
 from vpgtrans.vision.vpg import VPG
@@ -87,17 +88,13 @@ class FrozenFront:
 
     def key(self) -> str:
         """sha256 over the frozen weights, their configs, the preprocessing and the stored dtype."""
-        digest = hashlib.sha256()
         config = self.vpg.config.model_dump(mode="json")
         if self.level != "tokens":
             config.pop("connector")
-        digest.update(json.dumps([self.level, str(self.dtype), config], sort_keys=True).encode())
         modules = [self.vpg.encoder] + ([self.vpg.connector] if self.level == "tokens" else [])
-        for module in modules:
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        weights = [tensors_sha256(module.state_dict()) for module in modules]
+        text = json.dumps([self.level, str(self.dtype), config, weights], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class FeatureCache:

@@ -3,7 +3,6 @@
 An encoder is frozen when it is built, and what is frozen stays in eval mode through `.train()`.
 """
 
-import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import (
 
 from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
-from vpgtrans.parts import load_strict
+from vpgtrans.parts import load_strict, tensors_sha256
 from vpgtrans.references import file_sha256, resolve
 from vpgtrans.vision.tensors import CheckpointTensors, load_vision_model
 
@@ -75,12 +74,8 @@ class Encoder(nn.Module):
         return self
 
     def weights_sha256(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all tensors as they are now."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """`tensors_sha256` of all tensors as they are now."""
+        return tensors_sha256(self.state_dict())
 
 
 class EfficientNetLite0(Encoder):
