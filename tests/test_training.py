@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_training import (
     FINETUNE,
+    WARMUP,
+    Pictures,
     all_tensors,
     build_vlm,
     lines,
@@ -17,9 +19,12 @@ from tiny_training import (
     train,
 )
 
+from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.llm import block_linears
 from vpgtrans.recipe import TrainerConfig
+from vpgtrans.runs.directory import RunDirectory
+from vpgtrans.runs.training import run_stages
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.fit import StageRun, Updates, Validator, count_updates
 from vpgtrans.training.module import StageModule
@@ -352,6 +357,37 @@ def test_the_validation_loss_is_the_mean_over_the_sets_answer_tokens(root):
         assert Validator(samples, range(5), batch_size=batch_size)(module) == pytest.approx(nll.mean().item(), rel=1e-5)
     assert vlm.projector.training  # back in the stage's modes
     assert not vlm.language_model.training
+
+
+@pytest.mark.parametrize("world", [2, 7])
+def test_devices_share_the_validation_set(root, monkeypatch, world):
+    """Of seven devices two have no sample; they count as nothing, and add up what the others have like the others."""
+    vlm = build_vlm(root)
+    module = module_for(vlm, one_stage(losses={"caption": 2.0, "words": 1.0}).stages[0])
+    samples = Samples(mixtures()["validation"], module.front, bad=BadSamples(0.0), cached=False)
+    expected = Validator(samples, range(5))(module)
+    taken: list[list[float]] = []
+    monkeypatch.setattr(StageModule, "world", property(lambda self: world))
+    monkeypatch.setattr(StageModule, "over_devices", lambda self, figures: taken.append(list(figures)) or [1.0, 1.0])
+    for rank in range(world):
+        monkeypatch.setattr(StageModule, "rank", property(lambda self, own=rank: own))
+        Validator(samples, range(5), batch_size=2)(module)
+    assert len(taken) == 2 * world  # sums and weights, of every device
+    sums, weights = np.sum(taken[::2], axis=0), np.sum(taken[1::2], axis=0)
+    assert sums[0] / weights[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_or_validation_set_without_a_readable_image_stops_the_run(root, tmp_path):
+    entry = [{"dataset": "unused"}]
+    lenient = {"data": {"train": entry, "validation": entry, "max_bad_fraction": 1.0}}
+    stage = {**WARMUP, "cache_features": False}
+    first = [int(row) for row in next(mixtures()["train"].batches(0, batch_size=4))]
+    with pytest.raises(TrainingError, match=r"stage warmup, update 1: no image of this batch is readable: s0-\d\d, "):
+        train(build_vlm(root), make_recipe([stage], **lenient), tmp_path / "train", unreadable=first)
+    blind = mixtures()["train"], Mixture([(Pictures(2, seed=1, unreadable=[0, 1]), 1.0)])
+    with pytest.raises(TrainingError, match="no validation image is readable"):
+        run_stages(build_vlm(root), make_recipe([stage], **lenient), RunDirectory(tmp_path), train=blind[0],
+                   validation=blind[1], resume=False)  # fmt: skip
 
 
 # --- budgets and order --------------------------------------------------------------------------

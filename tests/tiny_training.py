@@ -4,7 +4,8 @@ Not a test file.
 
     python tests/tiny_training.py ROOT RUN [--resume] [--signal STAGE UPDATE NAME]
 
-trains by RUN/recipe.json and writes RUN/final.safetensors.
+trains by RUN/recipe.json; process N of those that train together writes RUN/finalN.safetensors, and the stages'
+validation losses into RUN/resultsN.json.
 """
 
 import argparse
@@ -162,12 +163,13 @@ def main() -> None:
     recipe = Recipe.model_validate_json((arguments.run / "recipe.json").read_text())
     vlm = build_vlm(arguments.root, dropout=arguments.dropout)
     try:
-        train(vlm, recipe, arguments.run, resume=arguments.resume, unreadable=arguments.unreadable)
+        results = train(vlm, recipe, arguments.run, resume=arguments.resume, unreadable=arguments.unreadable)
     except VpgTransError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     rank = os.environ.get("LOCAL_RANK", "0")
     save_file(all_tensors(vlm), arguments.run / f"final{rank}.safetensors")
+    (arguments.run / f"results{rank}.json").write_text(json.dumps([result.val_loss for result in results]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vpgtrans.config import Mode, Part
 from vpgtrans.data.sources import Mixture
-from vpgtrans.errors import RecipeError
+from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.progress import bar
 from vpgtrans.recipe import Recipe, Stage, TrainerConfig
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
@@ -82,7 +82,7 @@ class Updates(IterableDataset[Batch]):
 
 
 class Validator:
-    """Loss on the validation set, per answer token."""
+    """Loss on the validation set, per answer token; of several devices each takes its share of the rows."""
 
     def __init__(self, samples: Samples, rows: Sequence[int], *, batch_size: int = 32):
         self.samples = samples
@@ -91,20 +91,32 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, module: StageModule) -> float:
-        """The caption loss, in nats a token, over all validation samples; where it is not trained, what is."""
+        """The caption loss, in nats a token, over all validation samples; where it is not trained, what is.
+
+        Every device returns the same value.
+
+        Raises:
+            TrainingError: no validation image is readable.
+        """
         module.eval()
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
-        for start in range(0, len(self.rows), self.batch_size):
-            batch = self.samples.fetch(self.rows[start : start + self.batch_size])
+        names = list(module.objectives)
+        sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        rows = self.rows[module.rank :: module.world]
+        for start in range(0, len(rows), self.batch_size):
+            batch = self.samples.fetch(rows[start : start + self.batch_size])
+            if not len(batch):
+                continue
             for name, (summed, _) in module.losses(batch).items():
-                sums[name] = sums.get(name, 0.0) + summed.item()
-                weight = module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)
-                weights[name] = weights.get(name, 0.0) + weight
+                sums[name] += summed.item()
+                weights[name] += module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)
         module.train()
+        sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
+        weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))
+        if not any(weights.values()):
+            raise TrainingError("no validation image is readable; skipped.jsonl says why")
         # The caption loss alone where it is there: it is what arms and stages are compared by.
-        names = ["caption"] if "caption" in sums else list(sums)
-        return sum(sums[name] / weights[name] for name in names)
+        counted = ["caption"] if "caption" in names else names
+        return sum(sums[name] / weights[name] for name in counted)
 
 
 class RunLog:
@@ -163,8 +175,10 @@ class _Watch(L.Callback):
         self.clock = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.clock = time.perf_counter()
         self.run.stop.install()
+        if self.run.progress.update == 0:
+            self.run.validate()  # here and not before `fit`: now the devices know each other
+        self.clock = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         run, module = self.run, self.run.module
@@ -297,8 +311,6 @@ class StageRun:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
         with self._bar:
-            if progress.update == 0:
-                self.validate()
             if len(self.data):
                 with warnings.catch_warnings():
                     # Frozen parts are in eval mode on purpose, and the data are read by one process in order.

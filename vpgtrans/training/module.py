@@ -103,11 +103,12 @@ class StageModule(L.LightningModule):
         """One update.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was changed by this batch.
+            TrainingError: the loss is not finite, or no image of the batch is readable on any device; nothing was
+                changed by this batch.
         """
         # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
-        rank = self.trainer.global_rank if self._trainer is not None else 0
-        torch.manual_seed((self.seed * 1_000_003 + self.stream * 10_007 + self.done + rank * 1_000_000_007) % 2**63)
+        own = self.seed * 1_000_003 + self.stream * 10_007 + self.done + self.rank * 1_000_000_007
+        torch.manual_seed(own % 2**63)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         factor = self.rate_factor(self.done)
@@ -138,8 +139,15 @@ class StageModule(L.LightningModule):
         """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices."""
         visual = self.vlm.vpg.tokens
         whole = {name: goal.weight(self.vlm, batch.captions, visual) for name, goal in self.objectives.items()}
-        whole = dict(zip(whole, self._over_devices(list(whole.values())), strict=True))
-        size = self.stage.micro_batch_size or len(batch)
+        # A device whose whole share is unreadable adds nothing; the others' shares are the batch.
+        samples, *weights = self.over_devices([float(len(batch)), *whole.values()])
+        if not samples:
+            raise TrainingError(
+                f"stage {self.stage.name}, update {self.done + 1}: no image of this batch is readable: "
+                f"{', '.join(batch.skipped)}"
+            )
+        whole = dict(zip(whole, weights, strict=True))
+        size = self.stage.micro_batch_size or max(1, len(batch))
         terms = dict.fromkeys(whole, 0.0)
         with self._unsynchronised():
             for start in range(0, len(batch), size):
@@ -149,7 +157,7 @@ class StageModule(L.LightningModule):
                     total = total + self.loss_weights[name] * summed / whole[name]
                     terms[name] += summed.item() / whole[name]
                 self.manual_backward(total)
-        terms = dict(zip(terms, self._over_devices(list(terms.values())), strict=True))
+        terms = dict(zip(terms, self.over_devices(list(terms.values())), strict=True))
         loss = sum(self.loss_weights[name] * value for name, value in terms.items())
         return {
             "loss": loss,
@@ -158,7 +166,13 @@ class StageModule(L.LightningModule):
         }
 
     @property
-    def _world(self) -> int:
+    def rank(self) -> int:
+        """Which of the devices that train together this is."""
+        return self.trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def world(self) -> int:
+        """How many devices train together."""
         return self.trainer.world_size if self._trainer is not None else 1
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
@@ -172,17 +186,17 @@ class StageModule(L.LightningModule):
 
     def _add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients over devices; a parameter that no device used keeps none."""
-        if self._world == 1:
+        if self.world == 1:
             return
-        used = self._over_devices([float(parameter.grad is not None) for parameter in parameters])
+        used = self.over_devices([float(parameter.grad is not None) for parameter in parameters])
         for parameter, count in zip(parameters, used, strict=True):
             if count:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.trainer.strategy.reduce(own, reduce_op="sum")
 
-    def _over_devices(self, figures: Sequence[float]) -> list[float]:
+    def over_devices(self, figures: Sequence[float]) -> list[float]:
         """The figures summed over devices."""
-        if self._world == 1:
+        if self.world == 1:
             return list(figures)
         gathered = torch.tensor(figures, device=self.device, dtype=torch.float64)
         return self.trainer.strategy.reduce(gathered, reduce_op="sum").tolist()

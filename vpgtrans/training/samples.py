@@ -20,11 +20,13 @@ class Batch:
     Attributes:
         ids: sample ids. captions: their answers.
         inputs: [B, …] pixels, patches or visual tokens, by the level of the frozen front.
+        skipped: ids of the samples that are left out because their image can't be read; B may be 0.
     """
 
     ids: list[str]
     captions: list[str]
     inputs: Tensor
+    skipped: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -33,7 +35,7 @@ class Batch:
         return Batch(self.ids[start:stop], self.captions[start:stop], self.inputs[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids, self.captions, self.inputs.to(device))
+        return Batch(self.ids, self.captions, self.inputs.to(device), self.skipped)
 
 
 @dataclass
@@ -98,10 +100,10 @@ class Samples:
             self.caches[id(source)].ensure(wanted.get(id(source), []), title=title, each=each)
 
     def fetch(self, rows: Sequence[int]) -> Batch:
-        """The readable ones of the given rows.
+        """The readable ones of the given rows; there may be none.
 
         Raises:
-            TrainingError: too many unreadable images, or no readable one in the batch.
+            TrainingError: too many unreadable images.
         """
         ids = [self.mixture.id(int(row)) for row in rows]
         inputs: list[Tensor] = []
@@ -126,8 +128,9 @@ class Samples:
                     inputs.append(cache[[index]][0])
                     kept.append(int(row))
         self.bad.note(ids, unreadable)
-        if not kept:
-            raise TrainingError(f"no image of this batch is readable: {', '.join(ids)}")
         return Batch(
-            [self.mixture.id(row) for row in kept], [self.mixture.caption(row) for row in kept], torch.stack(inputs)
+            [self.mixture.id(row) for row in kept],
+            [self.mixture.caption(row) for row in kept],
+            torch.stack(inputs) if inputs else torch.empty(0),
+            skipped=[entry.id for entry in unreadable],
         )
