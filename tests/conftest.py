@@ -5,9 +5,13 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from tiny_runs import Tiny
 
 # Before torch is imported: test machines have few cores, and results must not depend on how many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,6 +57,29 @@ def _threads() -> None:
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for the whole session, away from the user's."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Tiny"]:
+    """Models, data and a trained source VLM for whole runs (`tiny_runs`), made anew for each test file."""
+    import torch
+    from tiny_runs import build_tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("runs")
+        patch.setenv("VPGTRANS_CACHE", str(root / "cache"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
+        yield build_tiny(root)
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder and LLM of `tiny_training`, made anew for each test file."""
+    from tiny_training import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

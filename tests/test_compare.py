@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import WARMUP, Tiny, build_tiny
+from tiny_runs import WARMUP, Tiny
 
 from vpgtrans import runs
 from vpgtrans.errors import RecipeError
@@ -23,17 +22,6 @@ from vpgtrans.training.samples import Samples
 
 COMPARE = importlib.import_module("vpgtrans.runs.compare")
 """The module: `runs.compare` is the verb."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("runs")
-        patch.setenv("VPGTRANS_CACHE", str(root / "cache"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
-        yield build_tiny(root)
-        torch.set_num_threads(threads)
 
 
 def read(path: Path) -> Any:

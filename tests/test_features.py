@@ -1,7 +1,5 @@
 """Images on their way into training: unreadable ones, the frozen front and its cache."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_training import (
@@ -11,7 +9,6 @@ from tiny_training import (
     all_tensors,
     build_vlm,
     lines,
-    make_models,
     make_recipe,
     mixtures,
     train,
@@ -20,12 +17,6 @@ from tiny_training import (
 from vpgtrans.errors import TrainingError
 from vpgtrans.training.features import FeatureCache, FrozenFront
 from vpgtrans.training.fit import boundary
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
-
 
 # --- unreadable images --------------------------------------------------------------------------
 

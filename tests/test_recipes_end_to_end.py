@@ -7,15 +7,14 @@ fails, so that no recipe goes untested.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from tiny import tiny_llm
-from tiny_runs import QFORMER, Tiny, build_tiny
+from tiny_runs import QFORMER, Tiny
 from tiny_vlms import tiny_blip2, tiny_llava
 
 import vpgtrans as vt
@@ -47,17 +46,6 @@ STAGE = {"name", "updates", "samples", "seconds", "val_loss"}
 CONVERTER = {"shared_tokens", "cosine", "recall_at_1", "seconds"}
 LINE = {"stage", "update", "samples", "text_tokens", "seconds", "loss", "lr", "grad_norm"}
 VALIDATION_LINE = {"stage", "update", "samples", "seconds", "val_loss"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("recipes")
-        patch.setenv("VPGTRANS_CACHE", str(root / "cache"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
-        yield build_tiny(root)
-        torch.set_num_threads(threads)
 
 
 def small(path: Path, tiny: Tiny) -> Recipe:

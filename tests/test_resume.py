@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import FINETUNE, WARMUP, all_tensors, build_vlm, lines, make_models, make_recipe, mixtures, train
+from tiny_training import FINETUNE, WARMUP, all_tensors, build_vlm, lines, make_recipe, mixtures, train
 
 from vpgtrans.errors import CheckpointError
 from vpgtrans.recipe import Recipe
@@ -24,11 +24,6 @@ SCRIPT = Path(__file__).parent / "tiny_training.py"
 
 class Crash(BaseException):
     """The process ends here."""
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import WARMUP, Tiny, build_tiny, source_keys, write_captions
+from tiny_runs import WARMUP, Tiny, source_keys, write_captions
 from tiny_vlms import tiny_blip2
 
 import vpgtrans as vt
@@ -30,17 +30,6 @@ from vpgtrans.recipe import Recipe, dump, parse_recipe
 from vpgtrans.references import file_sha256
 from vpgtrans.runs import journey
 from vpgtrans.runs.parts import check_references
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("runs")
-        patch.setenv("VPGTRANS_CACHE", str(root / "cache"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
-        yield build_tiny(root)
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A stage of training: what changes and what does not, batches, losses, rates, bad images, the frozen front's cache."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from tiny_training import (
     all_tensors,
     build_vlm,
     lines,
-    make_models,
     make_recipe,
     mixtures,
     train,
@@ -34,11 +32,6 @@ from vpgtrans.training.samples import BadSamples, Samples
 from vpgtrans.vlm import VLM
 
 SMALL = {"lr": 1e-2, "budget": {"samples": 12}, "batch_size": 4, "validate_every": 8, "augment": False}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def one_stage(**changes):

@@ -22,11 +22,6 @@ PICTURES = Pictures(3)
 LORA = {"name": "s", "trainable": {"llm": "lora"}, "budget": {"samples": 4}}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
 def adapted(root: Path, *, dtype: torch.dtype = torch.float32) -> VLM:
     """A VLM with a LoRA adapter that does something."""
     vlm = build_vlm(root, dtype=dtype)
