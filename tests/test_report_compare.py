@@ -50,6 +50,21 @@ def test_arms_reach_scratchs_best_where_their_curves_say() -> None:
     assert "| transfer | 3.300 [3.100 – 3.500] | never | never reached by 1 of 2 seeds |" in markdown_table(summary)
 
 
+def test_a_seed_without_finite_losses_does_not_shift_the_others() -> None:
+    nothing: list[list[float]] = [[0, math.nan]]
+    curves = {
+        "scratch": [[[0, 9], [100, 5]], nothing, [[0, 9], [200, 2]]],
+        "transfer": [nothing, [[0, 9], [10, 1]], [[0, 9], [30, 2]]],
+    }
+    scratch, transfer = compare_arms({"arms": {name: {"curves": arm} for name, arm in curves.items()}})
+    assert scratch.reached == [100, 200]
+    assert transfer.reached == [math.inf, 30]
+    assert [len(arm.curves) for arm in (scratch, transfer)] == [2, 2]
+    del curves["transfer"][1:2]
+    with pytest.raises(DataError, match="arm 'transfer': 2 curves, scratch has 3"):
+        compare_arms({"arms": {name: {"curves": arm} for name, arm in curves.items()}})
+
+
 def test_markdown_table_equals_the_summary() -> None:
     summary = runs.compare_summary()
     lines = markdown_table(summary).splitlines()

@@ -88,7 +88,7 @@ class Arm:
 
     name: str
     curves: list[list[Point]]
-    """One a seed, sorted by samples."""
+    """One a seed that has a finite loss, sorted by samples."""
     best: list[float]
     """Best validation loss, one a seed."""
     seconds: list[float]
@@ -117,25 +117,25 @@ def compare_arms(summary: dict[str, Any]) -> list[Arm]:
     """The arms of compare's summary, in its order.
 
     Raises:
-        DataError: no arms, or an arm without a curve of [samples, validation loss] pairs.
+        DataError: no arms, an arm without a curve of [samples, validation loss] pairs, or one with fewer or more
+        curves than scratch.
     """
     arms = summary.get("arms")
     if not isinstance(arms, dict) or not arms:
         raise DataError('the summary has no "arms": it is not the summary.json of a comparison')
-    curves = {name: _seed_curves(name, arm) for name, arm in arms.items()}
-    goals = [min(value for _, value in curve) for curve in curves.get(SCRATCH, [])]
+    seeds = {name: _seed_curves(name, arm) for name, arm in arms.items()}
     speedup = summary.get("speedup") or {}
     result = []
     for name, arm in arms.items():
+        curves = [curve for curve in seeds[name] if curve]
         best = [value for value in arm.get("val_loss") or [] if is_number(value)]
         result.append(
             Arm(
                 name=str(name),
-                curves=curves[name],
-                best=best or [min(value for _, value in curve) for curve in curves[name]],
+                curves=curves,
+                best=best or [min(value for _, value in curve) for curve in curves],
                 seconds=[value for value in arm.get("seconds") or [] if is_number(value)],
-                # zip: a summary that stores one curve an arm still gives one crossing.
-                reached=[_first_at(curve, goal) for curve, goal in zip(curves[name], goals, strict=False)],
+                reached=_reached(name, seeds[name], seeds[SCRATCH]) if SCRATCH in seeds else [],
                 speedup=speedup.get(name),
             )
         )
@@ -148,12 +148,20 @@ def scratch_best(arms: Sequence[Arm]) -> float | None:
 
 
 def _seed_curves(name: str, arm: dict[str, Any]) -> list[list[Point]]:
+    """One a seed, empty where a seed has no finite loss; but not all of them."""
     raw = arm.get("curves") or [arm.get("curve") or []]
     curves = [sorted((float(x), float(y)) for x, y in curve if is_number(x) and is_number(y)) for curve in raw]
-    curves = [curve for curve in curves if curve]
-    if not curves:
+    if not any(curves):
         raise DataError(f'arm {name!r}: "curves" and "curve" hold no [samples, validation loss] pair')
     return curves
+
+
+def _reached(name: str, curves: list[list[Point]], scratch: list[list[Point]]) -> list[float]:
+    """See `Arm.reached`; a seed whose scratch has no finite loss is left out."""
+    if len(curves) != len(scratch):
+        raise DataError(f"arm {name!r}: {len(curves)} curves, scratch has {len(scratch)}; right would be one a seed")
+    pairs = [(curve, goal) for curve, goal in zip(curves, scratch, strict=True) if goal]
+    return [_first_at(curve, min(value for _, value in goal)) for curve, goal in pairs]
 
 
 def _first_at(curve: Sequence[Point], goal: float) -> float:
