@@ -14,6 +14,7 @@ from tiny_training import (
     train,
 )
 
+from vpgtrans.config import AugmentConfig
 from vpgtrans.errors import TrainingError
 from vpgtrans.training.features import FeatureCache, FrozenFront
 from vpgtrans.training.fit import boundary
@@ -143,16 +144,18 @@ def test_the_caches_key_covers_what_the_numbers_depend_on(root):
 
 
 def test_boundaries():
-    def of(trainable, *, augmented=False, **changes):
-        stage = {"name": "only", "trainable": trainable, "budget": {"samples": 4}, "augment": False}
-        return boundary(make_recipe([stage | changes]).stages[0], augmented=augmented)
+    def of(trainable, *, augmentation=None, **changes):
+        stage = {"name": "only", "trainable": trainable, "budget": {"samples": 4}}
+        return boundary(make_recipe([stage | changes]).stages[0], augmentation)
 
     assert of({"projector": "full"}) == ("tokens", True)
     assert of({"llm": "lora"}) == ("tokens", True)
     assert of({"connector": "full"}) == ("patches", True)
     assert of({"connector": "full"}, cache_features=False) == ("patches", False)
     assert of({"encoder": "full"}) == ("pixels", False)
-    assert of({"connector": "full"}, augmented=True) == ("pixels", False)
+    assert of({"connector": "full"}, augmentation=AugmentConfig()) == ("pixels", False)
+    assert of({"connector": "full"}, augmentation=AugmentConfig(views=2)) == ("patches", True)
+    assert of({"encoder": "full"}, augmentation=AugmentConfig(views=2)) == ("pixels", False)
 
 
 def test_a_cached_run_equals_an_uncached_one(root, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vpgtrans.config import AugmentConfig
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe, dump, load_recipe, parse_recipe, recipe_hash
 
@@ -74,10 +75,19 @@ def test_a_vpg_may_be_built_from_parts(good: Path) -> None:
 
 
 def test_augmentation_needs_both_the_data_and_the_stage(good: Path) -> None:
-    recipe = load_recipe(good)
-    assert [recipe.augments(stage) for stage in recipe.stages] == [False, True]
-    recipe = load_recipe(good, ["data.augment=false"])
-    assert [recipe.augments(stage) for stage in recipe.stages] == [False, False]
+    recipe = load_recipe(good, ["data.augment=true"])
+    assert [recipe.augmentation(stage) for stage in recipe.stages] == [None, AugmentConfig()]
+    recipe = load_recipe(good, ["data.augment={views: 4, colour: 0}"])
+    assert recipe.augmentation(recipe.stages[1]) == AugmentConfig(views=4, colour=0)
+    for none in ([], ["data.augment=false"], ["data.augment=null"]):
+        recipe = load_recipe(good, none)
+        assert [recipe.augmentation(stage) for stage in recipe.stages] == [None, None]
+
+
+def test_features_of_a_fixed_number_of_views_can_be_cached(good: Path) -> None:
+    load_recipe(good, ["stages.1.cache_features=true", "data.augment={views: 4}"])
+    with pytest.raises(RecipeError, match=r"stage finetune: cache_features: true .* data.augment.views"):
+        load_recipe(good, ["stages.1.cache_features=true", "data.augment=true"])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,8 @@ seed: 1.5
         ("stages.0.budget={}", ["samples or tokens"]),
         ("stages.0.budget={samples: 1, tokens: 2}", ["samples or tokens"]),
         ("stages.0.micro_batch_size=5", ["16 is not a multiple of micro_batch_size 5"]),
-        ("stages.1.cache_features=true", ["cache_features", "augment: false"]),
+        ("data.augment={scale: [1.2, 0.9]}", ["data.augment", "smallest zoom 1.2 is above the largest 0.9"]),
+        ("data.augment={turn: 3}", ["unknown key turn"]),
         ("stages.0.cache_features=maybe", ["'maybe'", "auto", "true or false"]),
         ("stages.0.trainable={encoder: lora, projector: full}", ["encoder: lora is possible for llm alone"]),
         ("stages.1.name=warmup", ["two stages are called warmup"]),

@@ -57,6 +57,28 @@ class ImageConfig(Config):
         return {key: value for key, value in fields.items() if (key, value) != ("resize", None)}
 
 
+class AugmentConfig(Config):
+    """Random views of training images (`vision.augment`): nothing is mirrored, no hue changes."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
+    """Largest turn, in degrees."""
+    scale: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] = [0.85, 1.1]
+    """Smallest and largest zoom."""
+    shift: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    """Largest shift, as a share of width and height."""
+    colour: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Largest change of brightness, contrast and saturation, as a share."""
+    views: PositiveInt | None = None
+    """Keep to this many views of each image, so that what a frozen encoder makes of them is computed once and cached;
+    null: a new view every time an image is seen, through the encoder."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: the smallest zoom {self.scale[0]:g} is above the largest {self.scale[1]:g}")
+        return self
+
+
 class HuggingFaceEncoderConfig(Config):
     """A vision model that `transformers.AutoModel` opens: CLIP, SigLIP, DINOv2, ViT, BLIP-2's ViT-g."""
 

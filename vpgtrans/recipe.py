@@ -23,6 +23,7 @@ from pydantic import (
 
 from vpgtrans import recipe_file
 from vpgtrans.config import (
+    AugmentConfig,
     Config,
     InitialiserConfig,
     LoRAConfig,
@@ -72,8 +73,13 @@ class DataConfig(Config):
     test: list[DataSource] = Field(default=[])
     max_bad_fraction: Share = 0.01
     """Stop when more than this share of the images so far is unreadable; below it they are skipped and listed."""
-    augment: bool = True
-    """Allow augmentation in the stages that ask for it."""
+    augment: AugmentConfig | None = None
+    """Random views of training images, in the stages whose `augment` is true; true: the defaults, null: none."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
 class Budget(Config):
@@ -128,9 +134,9 @@ class Stage(Config):
     """Largest norm of the gradient; null switches clipping off."""
     lora: LoRAConfig = LoRAConfig()
     cache_features: Literal["auto"] | bool = "auto"
-    """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen, not augmented and reused."""
+    """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen."""
     augment: bool = Field(default_factory=lambda stage: bool(_trained(stage) & {"encoder", "connector"}))
-    """Default: true where encoder or connector train (and `data.augment` allows it)."""
+    """Whether `data.augment` holds in this stage. Default: true where encoder or connector train."""
     validate_every: PositiveInt | None = None
     """Samples between validations; None: ten times in the stage."""
 
@@ -158,8 +164,6 @@ class Stage(Config):
             )
         if self.cache_features is True and self.trainable["encoder"] != "frozen":
             raise ValueError("cache_features: true needs a frozen encoder; features that train can't be kept")
-        if self.cache_features is True and self.augment:
-            raise ValueError("cache_features: true needs augment: false; augmented images differ each time")
         return self
 
     @property
@@ -229,9 +233,20 @@ class Recipe(Config):
             raise ValueError(f"two stages are called {', '.join(twice)}; every stage needs its own name")
         return stages
 
-    def augments(self, stage: Stage) -> bool:
-        """Whether images are augmented in a stage: both the data and the stage must say so."""
-        return self.data.augment and stage.augment
+    def augmentation(self, stage: Stage) -> AugmentConfig | None:
+        """How training images are augmented in a stage: both the data and the stage must say so."""
+        return self.data.augment if stage.augment else None
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> "Recipe":
+        for stage in self.stages:
+            augmentation = self.augmentation(stage)
+            if stage.cache_features is True and augmentation is not None and augmentation.views is None:
+                raise ValueError(
+                    f"stage {stage.name}: cache_features: true needs a fixed number of views of an image; give "
+                    "data.augment.views, or augment: false"
+                )
+        return self
 
 
 # --- load and write -----------------------------------------------------------------------------

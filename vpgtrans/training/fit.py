@@ -7,7 +7,7 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vpgtrans.config import Mode, Part
+from vpgtrans.config import AugmentConfig, Mode, Part
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.progress import bar
@@ -35,9 +35,10 @@ from vpgtrans.vlm import VLM
 _LOGGER = logging.getLogger(__name__)
 
 
-def boundary(stage: Stage, *, augmented: bool) -> tuple[Level, bool]:
+def boundary(stage: Stage, augmentation: AugmentConfig | None) -> tuple[Level, bool]:
     """How far the frozen front of a stage reaches, and whether its output is cached."""
-    if augmented or stage.trainable["encoder"] != "frozen":
+    always_new = augmentation is not None and augmentation.views is None
+    if always_new or stage.trainable["encoder"] != "frozen":
         return "pixels", False
     level: Level = "tokens" if stage.trainable["connector"] == "frozen" else "patches"
     return level, stage.cache_features is not False
@@ -69,16 +70,25 @@ class Updates(IterableDataset[Batch]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def rows(self) -> Iterator[np.ndarray]:
-        """The mixture's rows of each update, over all devices."""
-        begin = self.first_sample + self.start * self.stage.batch_size
-        batches = self.samples.mixture.batches(self.seed, begin, batch_size=self.stage.batch_size)
-        for _ in range(len(self)):
-            yield next(batches)
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The mixture's rows of each update over all devices, and their positions in the run's order."""
+        size = self.stage.batch_size
+        begin = self.first_sample + self.start * size
+        batches = self.samples.mixture.batches(self.seed, begin, batch_size=size)
+        for first in range(begin, begin + len(self) * size, size):
+            yield next(batches), np.arange(first, first + size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for rows in self.rows():
-            yield self.samples.fetch([int(row) for row in rows[self.rank :: self.world]])
+        own = slice(self.rank, None, self.world)
+        for rows, positions in self.rows():
+            yield self.samples.fetch(rows[own].tolist(), positions=positions[own].tolist())
+
+    def prepare(self, title: str, *, each: Callable[[], None]) -> None:
+        """Fill the caches with all that these updates need; `each` is called before every batch."""
+        pairs = list(self.rows())
+        if pairs:
+            rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
+            self.samples.prepare(rows, title, positions=positions, each=each)
 
 
 class Validator:
@@ -243,9 +253,10 @@ class StageRun:
         every = stage.validate_every or math.ceil(self.updates / 10) * stage.batch_size
         self.validate_every = max(1, round(every / stage.batch_size))
 
-        level, cached = boundary(stage, augmented=recipe.augments(stage))
+        augment = recipe.augmentation(stage)
+        level, cached = boundary(stage, augment)
         front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
-        samples = Samples(train, front, bad=bad, cached=cached, directory=features)
+        samples = Samples(train, front, bad=bad, cached=cached, augment=augment, seed=recipe.seed, directory=features)
         first_sample = int(progress.stage_start["samples"])
         self.data = Updates(
             samples, stage, seed=recipe.seed, first_sample=first_sample, start=progress.update, stop=self.updates
@@ -257,8 +268,7 @@ class StageRun:
             rows = np.sort(np.random.default_rng(0).permutation(len(validation))[: recipe.trainer.validate_samples])
         self.validator = Validator(held_out, [int(row) for row in rows])
         started = time.perf_counter()
-        needed = np.unique(np.concatenate(list(self.data.rows()))) if len(self.data) else np.array([], dtype=int)
-        samples.prepare([int(row) for row in needed], f"{stage.name}: images", each=self.stop.check)
+        self.data.prepare(f"{stage.name}: images", each=self.stop.check)
         held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
         self.preparation_seconds = time.perf_counter() - started
         progress.seconds += self.preparation_seconds

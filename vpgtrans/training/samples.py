@@ -1,16 +1,21 @@
 """Samples on their way into the model: rows of a data set, with their images as far as the frozen front took them."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vpgtrans.data.sources import Mixture
+from vpgtrans.config import AugmentConfig
+from vpgtrans.data.sources import Captions, Mixture
 from vpgtrans.errors import DataError, TrainingError
-from vpgtrans.training.features import FeatureCache, FrozenFront, Unreadable
+from vpgtrans.training.features import FeatureCache, FrozenFront, Images, Unreadable
+from vpgtrans.vision.augment import random_view
+from vpgtrans.vision.preprocess import Color
 
 
 @dataclass
@@ -72,61 +77,107 @@ class BadSamples:
             )
 
 
+class View:
+    """Images of a source, each in its augmented view of a given number."""
+
+    def __init__(self, source: Images, config: AugmentConfig, number: int, *, background: Color):
+        self.source = source
+        self.config = config
+        self.number = number
+        self.background = background
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.source.ids
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source, the augmentation and the view."""
+        config = self.config.model_dump_json(exclude={"views"})
+        return f"{self.source.fingerprint} view {self.number} on {self.background} of {config}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Image.Image:
+        image = self.source.image(index)
+        return random_view(image, self.config, seed=(self.number, index), background=self.background)
+
+
 class Samples:
     """A mixture seen through a frozen front, cached or computed as asked."""
 
     def __init__(
-        self, mixture: Mixture, front: FrozenFront, *, bad: BadSamples, cached: bool, directory: Path | None = None
+        self,
+        mixture: Mixture,
+        front: FrozenFront,
+        *,
+        bad: BadSamples,
+        cached: bool,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        directory: Path | None = None,
     ):
-        """directory: of the feature caches, if not the user's."""
+        """augment, seed: views of the images that are fetched with a position. directory: of the feature caches, if
+        not the user's."""
         self.mixture = mixture
         self.front = front
         self.bad = bad
-        self.caches = (
-            {id(source): FeatureCache(source, front, directory=directory) for source in mixture.sources}
-            if cached
-            else None
-        )
+        self.cached = cached
+        self.augment = augment
+        self.seed = seed
+        self.directory = directory
+        self._caches: dict[tuple[int, int], FeatureCache] = {}
 
-    def prepare(self, rows: Sequence[int], title: str, *, each: Callable[[], None] = lambda: None) -> None:
-        """Fill the caches with what the given rows of the mixture need; `each` is called before every batch."""
-        if self.caches is None:
+    def prepare(
+        self,
+        rows: Sequence[int],
+        title: str,
+        *,
+        positions: Sequence[int] | None = None,
+        each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Fill the caches with what `fetch` of the same rows needs; `each` is called before every batch."""
+        if not self.cached:
             return
-        wanted: dict[int, list[int]] = {}
-        for row in rows:
-            source, index = self.mixture.locate(int(row))
-            wanted.setdefault(id(source), []).append(index)
-        for source in self.mixture.sources:
-            self.caches[id(source)].ensure(wanted.get(id(source), []), title=title, each=each)
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for source, index, view in self._places(rows, positions):
+            self._cache(source, view)
+            wanted.setdefault((id(source), view), []).append(index)
+        for key, indices in sorted(wanted.items(), key=lambda item: item[0][1]):
+            self._caches[key].ensure(indices, title=f"{title}, view {key[1]}" if key[1] else title, each=each)
 
-    def fetch(self, rows: Sequence[int]) -> Batch:
+    def fetch(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Batch:
         """The readable ones of the given rows; there may be none.
+
+        Args:
+            positions: place of each row in the run's order, which chooses its augmented view; None: as they are.
 
         Raises:
             TrainingError: too many unreadable images.
         """
         ids = [self.mixture.id(int(row)) for row in rows]
         inputs: list[Tensor] = []
+        pictures: list[Image.Image] = []
         kept: list[int] = []
         unreadable: list[Unreadable] = []
-        if self.caches is None:
-            pictures = []
-            for row in rows:
-                try:
-                    pictures.append(self.mixture.image(int(row)))
-                    kept.append(int(row))
-                except DataError as error:
-                    unreadable.append(Unreadable(self.mixture.id(int(row)), str(error)))
-            inputs = list(self.front(pictures)) if pictures else []
-        else:
-            for row in rows:
-                source, index = self.mixture.locate(int(row))
-                cache = self.caches[id(source)]
+        for row, (source, index, view) in zip(rows, self._places(rows, positions), strict=True):
+            if self.cached:
+                cache = self._cache(source, view)
                 problems = cache.unreadable([index])
-                unreadable += problems
                 if not problems:
                     inputs.append(cache[[index]][0])
-                    kept.append(int(row))
+            else:
+                problems = []
+                try:
+                    pictures.append(self._images(source, view).image(index))
+                except DataError as error:
+                    problems.append(Unreadable(source.ids[index], str(error)))
+            unreadable += problems
+            if not problems:
+                kept.append(int(row))
+        if pictures:
+            inputs = list(self.front(pictures))
         self.bad.note(ids, unreadable)
         return Batch(
             [self.mixture.id(row) for row in kept],
@@ -134,3 +185,24 @@ class Samples:
             torch.stack(inputs) if inputs else torch.empty(0),
             skipped=[entry.id for entry in unreadable],
         )
+
+    def _places(self, rows: Sequence[int], positions: Sequence[int] | None) -> Iterator[tuple[Captions, int, int]]:
+        """Source, row in it, and number of the view (0: the image as it is) of each row of the mixture."""
+        for number, row in enumerate(rows):
+            source, index = self.mixture.locate(int(row))
+            view = 0
+            if self.augment is not None and positions is not None:
+                random = np.random.default_rng((self.seed, int(positions[number])))
+                view = 1 + int(random.integers(self.augment.views or 2**62))
+            yield source, index, view
+
+    def _images(self, source: Captions, view: int) -> Images:
+        if view == 0 or self.augment is None:
+            return source
+        return View(source, self.augment, view, background=self.front.vpg.transform.config.background)
+
+    def _cache(self, source: Captions, view: int) -> FeatureCache:
+        key = id(source), view
+        if key not in self._caches:
+            self._caches[key] = FeatureCache(self._images(source, view), self.front, directory=self.directory)
+        return self._caches[key]
