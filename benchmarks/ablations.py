@@ -1,100 +1,168 @@
 """Small reproductions of the paper's ablations, on the real pair SmolLM2 135M -> Gemma 3 270M.
 
-    python benchmarks/ablations.py              every block; prints tables, writes results/ablations.json
-    python benchmarks/ablations.py --only untrained
+    python benchmarks/ablations.py                    every block; prints tables, writes results/ablations.json
+    python benchmarks/ablations.py --only untrained   one block (may be given several times)
+    python benchmarks/ablations.py --again            also the rows that are there already
 
-Blocks: `untrained` (the composed projector before any update: converter kinds, with and without calibration, against
-random), `projector` (converter against none, only the projector trains), `rates` (warm-up at 1x, 2x, 5x, 10x, 20x).
+Blocks, each the quickstart with its warm-up alone (projector only), validated on 64 images:
+
+untrained  the first projector before any update: converter kinds, with and without calibration, against random
+projector  the quickstart's converter against none, and against two that start lower: validated every 32 samples
+rates      the quickstart's warm-up at 1x, 2x, 5x, 10x and 20x the recipe's fine-tuning rate, 5e-4, in its batches of
+           4 (the paper warms up at 5x); the quickstart itself takes 4x; validated every 64 samples
+warmup     batch size, rate and calibration, from which the quickstart's settings were chosen: every 32 samples
+
+192 samples a row. Estimate on two idle cores: opening 15 s; 9 untrained rows of 5 s; 15 different trained rows of 29 s
+for updates (one of 4 takes 0.6 s, a larger one less a sample) and 10 to 18 s for validations (2.5 s each): about 12
+minutes. A row is stored with the hash of its recipe: one that is there is not run again, so that an interrupted run
+goes on, and rows of two blocks with the same recipe are run once.
 """
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pair import QUICKSTART, Pair, Timeline, one_stage
 
-from vpgtrans.recipe import Recipe, load_recipe
-from vpgtrans.runs.directory import RunDirectory
-from vpgtrans.runs.parts import open_mixture, open_source, pick_device
-from vpgtrans.runs.start import begin, prepare
-from vpgtrans.runs.training import run_stages
+from vpgtrans.recipe import Recipe, load_recipe, recipe_hash
+from vpgtrans.runs.parts import flushed_denormals
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
-RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-NORMAL_RATE = 1e-3
-"""What 1x means for the warm-up: the rate at which a projector of this size trains from scratch."""
+FACTORS = (1, 2, 5, 10, 20)
+TUNED = (
+    (16, 5e-3, True),
+    (8, 5e-3, True),
+    (8, 1e-2, True),
+    (8, 5e-3, False),
+    (4, 2e-3, True),
+    (4, 2e-3, False),
+    (4, 1e-3, False),
+)
+"""Batch size, learning rate, calibrated."""
+
+Blocks = dict[str, dict[str, Recipe]]
+Curve = list[list[float]]
 
 
-def curve(recipe: Recipe) -> list[list[float]]:
-    """[samples, validation loss] of a run, its zeroth point before any update."""
-    source = open_source(recipe.source.vpg, seed=recipe.seed)
-    train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    prepared = prepare(recipe, device=torch.device("cpu"), source=source, train=train)
-    start = begin(recipe, prepared, validation)
-    with tempfile.TemporaryDirectory() as scratch:
-        run = RunDirectory(Path(scratch))
-        run_stages(
-            start.vlm, recipe, run, train=train, validation=validation, resume=False, keep_checkpoints=False
-        )  # fmt: skip
-        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [[line["samples"], line["val_loss"]] for line in lines if "val_loss" in line]
+def normal_rate() -> float:
+    """What 1x means: the rate at which the quickstart fine-tunes the projector."""
+    return load_recipe(QUICKSTART).stages[-1].rates["projector"]
 
 
-def variant(samples: int, **changes: Any) -> Recipe:
-    """The quickstart with its warm-up alone, `samples` long, and the given overrides."""
-    base = load_recipe(RECIPE)
-    stages = [base.stages[0].model_dump(mode="json") | {"budget": {"samples": samples}, "validate_every": 64}]
-    return load_recipe(RECIPE, {"stages": stages, **changes})
+def blocks(samples: int, images: int) -> Blocks:
+    """Block -> row -> recipe. samples: of a row; images: to validate on."""
 
+    def variant(every: int = 32, *, initialiser: dict[str, Any] | None = None, **stage: Any) -> Recipe:
+        keys = stage | {"budget": {"samples": samples}, "validate_every": every}
+        changes = {} if initialiser is None else {"initialiser": initialiser}
+        return one_stage(validate_samples=images, stage=keys, **changes)
 
-def blocks(samples: int) -> dict[str, dict[str, Recipe]]:
-    def initialiser(**values: Any) -> dict[str, Any]:
-        return {"initialiser": {"kind": "converter", **values}}
+    def converter(**values: Any) -> dict[str, Any]:
+        return {"kind": "converter", **values}
 
-    rates = {
-        f"warm-up at {factor}x ({NORMAL_RATE * factor:g})": variant(samples, **{"stages.0.lr": NORMAL_RATE * factor})
-        for factor in (1, 2, 5, 10, 20)
+    inherit, plain = {"kind": "inherit"}, {"calibrate": False}
+    # No CCA without RMS match: into a wider space, as here, it is always matched.
+    starts = {
+        "random": inherit,
+        "CCA .25, calibrated": converter(fit="cca"),
+        "CCA .25": converter(fit="cca", **plain),
+        "ridge, calibrated": converter(fit="ridge"),
+        "ridge": converter(fit="ridge", **plain),
+        "ridge, not RMS-matched": converter(fit="ridge", rms_match=False, **plain),
+        "Procrustes, calibrated": converter(fit="procrustes"),
+        "caption-fit, calibrated": {"kind": "caption-fit"},
+        "caption-fit": {"kind": "caption-fit", **plain},
     }
+    normal = normal_rate()
     return {
-        "untrained": {
-            "random": variant(16, initialiser="inherit"),
-            "CCA .25": variant(16, **initialiser()),
-            "CCA .25, not calibrated": variant(16, **initialiser(calibrate=False)),
-            "CCA .25, neither calibrated nor RMS-matched": variant(16, **initialiser(calibrate=False, rms_match=False)),
-            "ridge, not calibrated, not RMS-matched": variant(
-                16, **initialiser(fit="ridge", calibrate=False, rms_match=False)
-            ),
-            "Procrustes": variant(16, **initialiser(fit="procrustes")),
-            "caption-fit": variant(16, initialiser={"kind": "caption-fit"}),
-        },
+        "untrained": {label: variant(initialiser=start) for label, start in starts.items()},
         "projector": {
-            "converter": variant(samples),
-            "none (random projector)": variant(samples, initialiser="inherit"),
+            "converter (CCA .25)": variant(),
+            "none (random projector)": variant(initialiser=inherit),
+            "converter (ridge, not RMS-matched)": variant(initialiser=starts["ridge, not RMS-matched"]),
+            "caption-fit (on 96 training images)": variant(initialiser=starts["caption-fit"]),
         },
-        "rates": rates,
+        "rates": {f"{factor}x ({normal * factor:g})": variant(64, lr=normal * factor) for factor in FACTORS},
+        "warmup": {
+            f"{size} @ {rate:g}, {'' if calibrated else 'not '}calibrated": variant(
+                batch_size=size, lr=rate, initialiser=converter(fit="cca", alpha=0.25, calibrate=calibrated)
+            )
+            for size, rate, calibrated in TUNED
+        },
     }
+
+
+def run(pair: Pair, recipe: Recipe, *, train: bool) -> Curve:
+    """[samples, validation loss] of a row, its zeroth point before any update; untrained, that point alone."""
+    log = Timeline()
+    stage_run = pair.stage_run(recipe, log)
+    if not train:
+        return [[0, stage_run.validator(stage_run.module)]]
+    stage_run.run()
+    return log.curve
+
+
+def markdown(block: str, rows: dict[str, dict[str, Any]]) -> str:
+    """A block's curves as a table; rows that are not there yet are left out."""
+    places = sorted({point[0] for row in rows.values() for point in row["curve"]})
+    lines = [f"| {block} | " + " | ".join(f"{int(place)}" for place in places) + " |", "|---" * (1 + len(places)) + "|"]
+    for label, row in rows.items():
+        losses = dict(row["curve"])
+        cells = (f"{losses[place]:.2f}" if place in losses else "–" for place in places)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def known(found: dict[str, Any], digest: str, *, train: bool) -> Curve | None:
+    """The curve of a recipe that has been run, in whichever block; a trained row's start is an untrained row."""
+    for rows in found.values():
+        for row in rows.values():
+            if row["recipe"] == digest and (len(row["curve"]) > 1 or not train):
+                return row["curve"] if train else row["curve"][:1]
+    return None
 
 
 def main() -> None:
+    """Run what is missing, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["untrained", "projector", "rates"])
-    parser.add_argument("--samples", type=int, default=320)
-    arguments = parser.parse_args()
-    pick_device("cpu")
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, recipes in blocks(arguments.samples).items():
-        if arguments.only not in (None, name):
-            continue
-        found[name] = {}
-        for label, recipe in recipes.items():
-            points = curve(recipe)
-            found[name][label] = points[:1] if name == "untrained" else points
-            shown = "  ".join(f"{int(samples)}: {loss:.3f}" for samples, loss in found[name][label])
-            print(f"{name:10} {label:45} {shown}", flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    parser.add_argument("--only", action="append", choices=["untrained", "projector", "rates", "warmup"])
+    parser.add_argument("--again", action="store_true", help="run rows that are in the results already")
+    parser.add_argument("--samples", type=int, default=192, help="of a trained row")
+    parser.add_argument("--images", type=int, default=64, help="to validate on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    planned = blocks(args.samples, args.images)
+    chosen = {name: rows for name, rows in planned.items() if args.only is None or name in args.only}
+    stored: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    # Rows that no block names any more go; those that are to be run again are not found again.
+    found = {name: {} if args.again and name in chosen else stored.get(name, {}) for name in planned}
+    with flushed_denormals():
+        pair: Pair | None = None
+        for name, rows in chosen.items():
+            train = name != "untrained"
+            done: dict[str, Any] = {}
+            for label, recipe in rows.items():
+                digest = recipe_hash(recipe)[:16]
+                curve = known(found | {"": done}, digest, train=train)
+                if curve is None:
+                    # Opened with a converter, whatever the first row starts from: all rows share it.
+                    pair = pair or Pair(load_recipe(QUICKSTART))
+                    curve = run(pair, recipe, train=train)
+                done[label] = {"recipe": digest, "curve": curve}
+                partly = found[name] | done
+                found[name] = {row: partly[row] for row in rows if row in partly}
+                _write(args.output, found)
+            print(markdown(name, found[name]) + "\n", flush=True)
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """After each row: an interrupted run leaves what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: rows for name, rows in found.items() if rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
