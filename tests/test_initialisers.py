@@ -344,6 +344,16 @@ def test_auto_says_when_nothing_carries_a_signal(tiny_target, caplog):
     assert NO_SIGNAL in caplog.text
 
 
+def test_each_initialiser_is_reported_once(caplog):
+    """A candidate's scores are one line; the projector that a run starts from is its caller's to report."""
+    with caplog.at_level("INFO", logger="vpgtrans"):
+        made = initialise(config("converter", fit="ridge"), context())
+        assert not [record for record in caplog.records if made.name in record.getMessage()]
+        rows = [row for row, _ in probe([config("converter", fit="ridge"), config("inherit")], context())]
+    for row in rows:
+        assert sum(record.getMessage().startswith(f"{row.name}:") for record in caplog.records) == 1
+
+
 def test_auto_without_images_takes_the_best_copy_gap(tmp_path):
     target_llm = open_llm(str(tiny_llm("llama", tmp_path, width=D_T)), dtype=torch.float32)
     source, _ = tables()

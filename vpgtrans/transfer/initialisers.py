@@ -131,7 +131,7 @@ def initialise(
     if prompts is not None:
         result.report["prompt_norm_ratio"] = rms(prompts) / context.target.word_rms
     result.report["seconds"] = time.perf_counter() - start
-    log.info("%s: %.1f s", result.name, result.report["seconds"])
+    log.debug("%s: %.1f s", result.name, result.report["seconds"])  # who asked for it says so to the user
     return result
 
 
