@@ -43,12 +43,7 @@ def transfer(
     from vpgtrans import runs  # after the checks: it loads torch
 
     return runs.transfer(
-        checked,
-        output=_path(output),
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        device=device,
+        checked, output=_path(output), resume=resume, overwrite=overwrite, dry_run=dry_run, device=device
     )
 
 
@@ -66,14 +61,7 @@ def train(
     checked = _recipe(recipe, overrides)
     from vpgtrans import runs  # after the checks: it loads torch
 
-    return runs.train(
-        checked,
-        output=_path(output),
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        device=device,
-    )
+    return runs.train(checked, output=_path(output), resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
 
 
 def compare(

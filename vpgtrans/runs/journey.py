@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
@@ -32,30 +32,24 @@ SAMPLES_SHOWN = 24
 """Held-out images in the report."""
 
 
-def transfer(
-    recipe: Recipe,
-    *,
-    output: Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    device: str = "auto",
-) -> Path:
+class RunOptions(TypedDict, total=False):
+    """Keywords of `transfer` and `train`, as in `vpgtrans.api`; their defaults are `_journey`'s."""
+
+    output: Path | None
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+    device: str
+
+
+def transfer(recipe: Recipe, **options: Unpack[RunOptions]) -> Path:
     """Move a VPG to the recipe's target LLM; returns the run directory. See `vpgtrans.api.transfer`."""
     if isinstance(recipe.source.vpg, VPGConfig):
         raise RecipeError("source.vpg builds a VPG from scratch: that is `vpgtrans train`; transfer takes a reference")
-    return _journey(recipe, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
+    return _journey(recipe, **options)
 
 
-def train(
-    recipe: Recipe,
-    *,
-    output: Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    device: str = "auto",
-) -> Path:
+def train(recipe: Recipe, **options: Unpack[RunOptions]) -> Path:
     """Train a VPG from scratch with the recipe's LLM; returns the run directory. See `vpgtrans.api.train`."""
     if not isinstance(recipe.source.vpg, VPGConfig):
         raise RecipeError(
@@ -66,11 +60,19 @@ def train(
         raise RecipeError(f"initialiser: a VPG from scratch has no source projector, so {recipe.initialiser.kind} "
                           "can't be used; leave it out or write random")  # fmt: skip
     chosen = recipe.model_copy(update={"initialiser": InitialiserConfig(kind="random")})
-    return _journey(chosen, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
+    return _journey(chosen, **options)
 
 
 @flushed_denormals()
-def _journey(recipe: Recipe, *, output: Path | None, resume: bool, overwrite: bool, dry_run: bool, device: str) -> Path:
+def _journey(
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+) -> Path:
     started = time.perf_counter()
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
