@@ -1,4 +1,4 @@
-"""Hashes of tensors, against bytes written out by hand."""
+"""Hashes of tensors, against bytes written out by hand; JSON objects that are none."""
 
 import hashlib
 import struct
@@ -6,8 +6,9 @@ import struct
 import pytest
 import torch
 
+from vpgtrans.errors import CheckpointError, TransferError
 from vpgtrans.llm import embeddings_sha256
-from vpgtrans.parts import tensors_sha256
+from vpgtrans.parts import read_object, tensors_sha256
 
 TENSORS = {
     "b": torch.tensor([[1.0, -2.0], [0.5, 3.0]]),
@@ -58,3 +59,16 @@ def test_an_embedding_table_is_hashed_as_bf16_bytes():
     many = torch.arange(40_000.0)[:, None]  # more rows than are taken at once
     whole = many.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
     assert embeddings_sha256(many) == hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize("error", [CheckpointError, TransferError])
+def test_what_is_no_json_object_is_the_callers_error(tmp_path, error):
+    path = tmp_path / "config.json"
+    with pytest.raises(error, match=r"config\.json: not a readable JSON file"):
+        read_object(path, otherwise=error)
+    for content, saying in ((b'{"a": ', "not a readable"), (b'"\xff"', "not a readable"), (b"[1]", "holds a list")):
+        path.write_bytes(content)
+        with pytest.raises(error, match=rf"config\.json: .*{saying}"):
+            read_object(path, otherwise=error)
+    path.write_text('{"a": "é"}', encoding="utf-8")
+    assert read_object(path, otherwise=error) == {"a": "é"}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vpgtrans.errors import CheckpointError
+from vpgtrans.errors import CheckpointError, VpgTransError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,14 +59,18 @@ def save_part(directory: str | Path, config: Mapping[str, Any], *, state: Mappin
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The part's config. Raises CheckpointError when it is missing or no JSON object."""
-    path = Path(directory) / CONFIG_FILE
+    return read_object(Path(directory) / CONFIG_FILE, otherwise=CheckpointError)
+
+
+def read_object(path: Path, *, otherwise: type[VpgTransError]) -> dict[str, Any]:
+    """The JSON object in a file. Raises `otherwise` when it is missing or holds no JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON config ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds a {type(config).__name__}")
-    return config
+        raise otherwise(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise otherwise(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ border pixels differ a little from processors that pad first.
 """
 
 import io
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vpgtrans.config import ImageConfig
 from vpgtrans.errors import DataError, TransferError
+from vpgtrans.parts import read_object
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -114,10 +114,11 @@ def image_config_from(directory: str | Path) -> ImageConfig | None:
     """
     path = Path(directory) / "preprocessor_config.json"
     if path.is_file():
-        stated = _read_json(path)
+        stated = read_object(path, otherwise=TransferError)
     else:
         path = Path(directory) / "processor_config.json"
-        stated = _read_json(path).get("image_processor", {}) if path.is_file() else {}
+        whole = read_object(path, otherwise=TransferError) if path.is_file() else {}
+        stated = whole.get("image_processor", {})
     if "size" not in stated:
         return None
 
@@ -166,16 +167,6 @@ def _side_and_fit(size: Any, crops: bool, path: Path) -> tuple[int, str]:
         elif size.get("height") is not None and size.get("height") == size.get("width"):
             return int(size["height"]), "squash"
     raise TransferError(f"{path}: size {size} (center crop: {crops}) does not give a square")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TransferError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(stated, dict):
-        raise TransferError(f"{path}: must hold a JSON object")
-    return stated
 
 
 def _center(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -6,9 +6,10 @@ The kind of a checkpoint is the `model_type` of its config.json, exactly; nothin
 from pathlib import Path
 
 from vpgtrans.errors import ReferenceError_
+from vpgtrans.parts import read_object
 from vpgtrans.vision.encoders import open_config
 from vpgtrans.vision.importers import blip2, llava
-from vpgtrans.vision.importers.source import ImportedSource, read_json
+from vpgtrans.vision.importers.source import ImportedSource
 
 _IMPORTERS = {"blip-2": blip2.read, "llava": llava.read}
 
@@ -23,7 +24,7 @@ def importable(path: str | Path) -> str:
     """
     if not Path(path).is_dir():
         raise ReferenceError_(f"{path}: a VPG is imported from a directory in the Hugging Face layout, not from a file")
-    model_type = read_json(Path(path) / "config.json").get("model_type")
+    model_type = read_object(Path(path) / "config.json", otherwise=ReferenceError_).get("model_type")
     if model_type not in _IMPORTERS:
         raise ReferenceError_(
             f"{path}: a VPG can't be imported from model_type {model_type!r}; known: {', '.join(_IMPORTERS)}, "

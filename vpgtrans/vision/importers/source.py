@@ -1,10 +1,8 @@
 """What an importer hands over, and what importers share: reading config, preprocessing and prompt."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig
@@ -12,6 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from vpgtrans.config import ImageConfig, PromptConfig
 from vpgtrans.errors import ReferenceError_
+from vpgtrans.parts import read_object
 from vpgtrans.projector import Projector
 from vpgtrans.vision.preprocess import image_config_from
 from vpgtrans.vision.vpg import VPG
@@ -35,17 +34,6 @@ class ImportedSource:
     projector: Projector
     prompt: PromptConfig
     source_llm: str
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint directory. Raises ReferenceError_ when it can't be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReferenceError_(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(value, dict):
-        raise ReferenceError_(f"{path}: must hold a JSON object")
-    return value
 
 
 def image_config(directory: Path, vision: PreTrainedConfig, *, default: ImageConfig) -> ImageConfig:
@@ -83,7 +71,7 @@ def _chat_template(directory: Path) -> str | None:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            template = read_json(directory / name).get("chat_template")
+            template = read_object(directory / name, otherwise=ReferenceError_).get("chat_template")
             if isinstance(template, str):
                 return template
     return None
@@ -92,5 +80,5 @@ def _chat_template(directory: Path) -> str | None:
 def _image_token(directory: Path) -> str:
     """The text of the image token, which the processor's config may rename."""
     path = directory / "processor_config.json"
-    token = read_json(path).get("image_token") if path.is_file() else None
+    token = read_object(path, otherwise=ReferenceError_).get("image_token") if path.is_file() else None
     return token["content"] if isinstance(token, dict) else token or IMAGE
