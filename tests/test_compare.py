@@ -34,8 +34,8 @@ def compared(tiny: Tiny) -> tuple[Recipe, Path, dict[str, list[list[str]]]]:
     batches: dict[str, list[list[str]]] = {}
     fetch = Samples.fetch
 
-    def record(self: Samples, rows: Any) -> Any:
-        batch = fetch(self, rows)
+    def record(self: Samples, rows: Any, **options: Any) -> Any:
+        batch = fetch(self, rows, **options)
         if len(self.mixture) == 24:  # training, not validation
             batches.setdefault(current[-1], []).append(batch.ids)
         return batch
