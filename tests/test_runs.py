@@ -484,14 +484,12 @@ def test_transfer_and_load_from_python(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_of_several_processes_one_writes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `strategy: ddp` the others are started with the same command line, after the first made the directory."""
-    from lightning.pytorch.utilities import rank_zero_only
-
     from vpgtrans.runs.directory import check_run, create_run
 
     recipe = tiny.transfer_recipe()
     path = check_run(recipe, tmp_path / "run", resume=False, overwrite=False)
     create_run(recipe, path, resume=False)
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     before = files(tmp_path)
     assert check_run(recipe, tmp_path / "run", resume=False, overwrite=False) == path
     create_run(recipe, path, resume=False).write("summary.json", {})

@@ -36,6 +36,9 @@ def transfer(
 
     overrides: `{"seed": 1, "stages.warmup.budget.samples": 64}` or `["seed=1"]`.
 
+    With `trainer.devices` above 1 the calling script runs once a device, and only the first process evaluates and
+    writes: the others return when the training ends, before the run is complete.
+
     Raises:
         VpgTransError: as on the command line.
     """

@@ -8,6 +8,8 @@ class VpgTransError(Exception):
     """Base of every error that is reported as one message, without a traceback."""
 
     exit_code = 1
+    of_all = False
+    """Whether all processes that train together raise it at the same time, so that the first one's report is enough."""
 
 
 class UserError(VpgTransError):
@@ -52,3 +54,5 @@ class RegistryError(UserError):
 
 class TrainingError(VpgTransError):
     """Training stopped: a non-finite loss, or too many unreadable images."""
+
+    of_all = True

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import click
 
+from vpgtrans.processes import first_process
+
 HANDLER = "vpgtrans-cli"
 """Name of the one log handler that a command sets up."""
 Level = Literal["verbose", "normal", "quiet"]
@@ -49,7 +51,8 @@ def _log_to_stderr(level: Level) -> None:
     from rich.logging import RichHandler
 
     logger = logging.getLogger("vpgtrans")
-    logger.setLevel(LEVELS[level])
+    # of several processes that train together the first one speaks for all
+    logger.setLevel(LEVELS[level] if first_process() or level == "verbose" else logging.WARNING)
     for old in [handler for handler in logger.handlers if handler.get_name() == HANDLER]:
         logger.removeHandler(old)
     console = Console(stderr=True)

@@ -14,6 +14,7 @@ import click
 
 from vpgtrans import __version__
 from vpgtrans.errors import VpgTransError
+from vpgtrans.processes import first_process
 
 VERBS = {
     "transfer": "vpgtrans.cli.transfer",
@@ -57,6 +58,8 @@ class Root(click.Group):
         except VpgTransError as error:
             if os.environ.get("VPGTRANS_DEBUG") == "1":
                 raise
+            if error.of_all and not first_process():
+                ctx.exit(0)  # anything else would make Lightning kill the first process at its report
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:

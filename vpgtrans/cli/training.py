@@ -9,6 +9,7 @@ import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.options import check_output, device_option, json_option, output_options, read_recipe, recipe_arguments
+from vpgtrans.processes import first_process
 
 SAMPLES_SHOWN = 6
 
@@ -42,6 +43,8 @@ def run(
         from vpgtrans import runs
     call = runs.transfer if verb == "transfer" else runs.train
     done = call(checked, output=output, resume=resume, overwrite=overwrite, dry_run=dry_run, device=device)
+    if not first_process():
+        return  # the first one shows what the run came to
     show(done, as_json=as_json, dry_run=dry_run)
 
 

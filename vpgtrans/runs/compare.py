@@ -20,6 +20,7 @@ import torch
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.errors import RecipeError
+from vpgtrans.processes import by_torchrun
 from vpgtrans.recipe import ARMS, Budget, Recipe, Stage
 from vpgtrans.report import compare_plot, write_compare_report
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
@@ -71,6 +72,8 @@ def compare(
     arms, count = list(dict.fromkeys(arms or recipe.compare.arms)), seeds or recipe.compare.seeds
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise RecipeError(f"compare.arms: no arm {', '.join(unknown)}; known: {', '.join(ARMS)}")
+    if by_torchrun() is not None:
+        raise RecipeError("compare trains one arm after the other, each in one process; start it without torchrun")
     if recipe.trainer.devices != 1:
         # one arm after the other, each alone: seconds and memory of an arm are its own
         recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})

@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vpgtrans.errors import OutputError
+from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, dump, load_recipe, recipe_hash
 
 _RECIPE, _ENVIRONMENT = "recipe.yaml", "environment.json"
 _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets", "numpy")
-
-
-def first_process() -> bool:
-    """Whether this is the process that writes: of several that train together, Lightning starts the others again with
-    the same command line, and they do the same work on their share of each batch."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class RunDirectory:

@@ -15,13 +15,15 @@ from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
+from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
 from vpgtrans.runs.card import model_card
-from vpgtrans.runs.directory import check_run, create_run, first_process
+from vpgtrans.runs.directory import check_run, create_run
 from vpgtrans.runs.parts import check_references, flushed_denormals, open_mixture, open_source, pick_device, readable
 from vpgtrans.runs.start import Start, begin, describe, prepare
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training.devices import check_devices
 from vpgtrans.training.fit import peak_memory
 from vpgtrans.training.parts import changed_parts
 from vpgtrans.vision.preprocess import to_rgb
@@ -76,6 +78,7 @@ def _journey(
     started = time.perf_counter()
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
+    check_devices(recipe, where)
     # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
@@ -90,7 +93,8 @@ def _journey(
     run.write("initialisers.json", start.table)
     order = np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]
     shown, images = readable(validation, [int(row) for row in order])
-    before = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
+    first = first_process()
+    before = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens) if first else []
     lineage = _lineage(recipe, start)
     run.write("lineage.json", lineage)
     results = run_stages(
@@ -102,6 +106,8 @@ def _journey(
         resume=resume,
         initial_seconds=start.seconds,
     )
+    if not first:
+        return path  # it was started to train along; the rest is the first one's
     after = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
     run.write("samples.json", _samples(validation, shown, images, before, after))
     predictions, references = _predict(vlm, validation, recipe)
@@ -116,8 +122,6 @@ def _journey(
         "seconds": max(time.perf_counter() - started, start.seconds + sum(result.seconds for result in results)),
         "peak_memory_bytes": peak_memory(),
     }
-    if not first_process():
-        return path
     run.write("summary.json", summary)
     changed = changed_parts(recipe.stages)
     save_vlm(

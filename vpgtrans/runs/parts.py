@@ -16,6 +16,7 @@ from vpgtrans.data.sources import Mixture, open_captions
 from vpgtrans.doctor import cpu_has_bf16
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
+from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import resolve
@@ -98,13 +99,15 @@ def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device; of several processes each gets a GPU of its own.
 
     Raises:
         TransferError: it isn't there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank() > 0:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import VpgTransError
+from vpgtrans.processes import first_process
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.directory import RunDirectory
@@ -27,6 +27,8 @@ _LOGGER = logging.getLogger(__name__)
 
 class Interrupted(VpgTransError):
     """A signal asked the run to stop; a checkpoint was written."""
+
+    of_all = True
 
     def __init__(self, signum: int, where: str):
         name = signal.Signals(signum).name
@@ -56,7 +58,7 @@ def run_stages(
         TrainingError: a loss that is not finite, or too many unreadable images. Interrupted: SIGINT or SIGTERM.
     """
     # Of several processes the first one writes; the others do the same work on their share of each batch.
-    first = rank_zero_only.rank == 0
+    first = first_process()
     log = RunLog(run.metrics, writes=first)
     checkpoints = Checkpoints(run.checkpoints, writes=first) if keep_checkpoints else None
     found = checkpoints.load() if checkpoints and resume else None
@@ -106,7 +108,6 @@ def run_stages(
                     checkpoints=checkpoints,
                     progress=progress,
                     changed=changed,
-                    accelerator="gpu" if vlm.device.type == "cuda" else "cpu",
                     stop=stop,
                 )
                 result = stage_run.run(here.optimizer if here else None, here.best_state if here else None)

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vpgtrans.config import AugmentConfig, Mode, Part
 from vpgtrans.data.sources import Mixture
-from vpgtrans.errors import RecipeError, TrainingError
+from vpgtrans.errors import TrainingError
 from vpgtrans.progress import bar
-from vpgtrans.recipe import Recipe, Stage, TrainerConfig
+from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
+from vpgtrans.training.devices import check_batch, trainer_devices
 from vpgtrans.training.features import FrozenFront, Level
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
@@ -234,7 +235,6 @@ class StageRun:
         checkpoints: Checkpoints | None,
         progress: Progress,
         changed: dict[Part, Mode],
-        accelerator: str = "auto",
         stop: StopSignals | None = None,
         features: Path | None = None,
     ):
@@ -246,7 +246,6 @@ class StageRun:
         self.checkpoints = checkpoints
         self.progress = progress
         self.changed = changed
-        self.accelerator = accelerator
         self.stop = stop or StopSignals()
         self.bad = bad
         self.updates = count_updates(stage, train, vlm)
@@ -301,7 +300,6 @@ class StageRun:
         stage, progress = self.stage, self.progress
         self.best_state = best_state or {}
         trainer = L.Trainer(
-            accelerator=self.accelerator,
             max_epochs=1,
             logger=False,
             enable_checkpointing=False,
@@ -309,14 +307,10 @@ class StageRun:
             enable_model_summary=False,
             use_distributed_sampler=False,
             callbacks=[_Watch(self)],
-            **_devices(self.recipe.trainer),
+            **trainer_devices(self.recipe.trainer, self.vlm.device),
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
-        if trainer.world_size > stage.batch_size:
-            raise RecipeError(
-                f"stage {stage.name}: batch_size {stage.batch_size} is for all devices together, and there are "
-                f"{trainer.world_size}; give at least one sample a device"
-            )
+        check_batch(stage.name, stage.batch_size, trainer.world_size)
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
@@ -393,10 +387,3 @@ def peak_memory() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _devices(config: TrainerConfig) -> dict[str, Any]:
-    precision = "bf16-mixed" if config.precision == "bf16-mixed" else "32-true"
-    # On a CPU `auto` is one process: more would compete for the same cores.
-    devices: Any = config.devices if config.devices != "auto" or torch.cuda.is_available() else 1
-    return {"devices": devices, "strategy": config.strategy, "precision": precision}

@@ -1,9 +1,12 @@
 """Stopping when SIGINT or SIGTERM asks for it: after the update under way, with a checkpoint."""
 
 import logging
+import os
 import signal
 from types import FrameType
 from typing import Any
+
+from vpgtrans.processes import first_process
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ class StopSignals:
         self.signum: int | None = None
         """The signal that came, if one did."""
         self._before: dict[int, Any] = {}
+        self._parent = os.getppid()
 
     def __enter__(self) -> "StopSignals":
         self.install()
@@ -48,8 +52,8 @@ class StopSignals:
         return self.signum is not None
 
     def check(self) -> None:
-        """Raise Stopped if a signal came."""
-        if self.asked:
+        """Raise Stopped if a signal came, or the process that started this one to train along is gone."""
+        if self.asked or (not first_process() and os.getppid() != self._parent):
             raise Stopped
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
