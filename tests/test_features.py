@@ -1,5 +1,7 @@
 """Images on their way into training: unreadable ones, the frozen front and its cache."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_training import (
@@ -16,8 +18,10 @@ from tiny_training import (
 
 from vpgtrans.config import AugmentConfig
 from vpgtrans.errors import TrainingError
-from vpgtrans.training.features import FeatureCache, FrozenFront
+from vpgtrans.training.features import FeatureCache, FrozenFront, Unreadable
 from vpgtrans.training.fit import boundary
+from vpgtrans.training.module import StageModule
+from vpgtrans.training.samples import BadSamples
 
 # --- unreadable images --------------------------------------------------------------------------
 
@@ -48,6 +52,57 @@ def test_too_many_unreadable_images_stop_the_run(root, tmp_path, cached):
     with pytest.raises(TrainingError, match=r"of 1?\d images are unreadable, more than data\.max_bad_fraction = 0\.1"):
         train(build_vlm(root), lenient(stage, 0.1), tmp_path, unreadable=[2, 5])
     assert len(lines(tmp_path / "skipped.jsonl")) == 2
+    # What is cached is known before the first update; else the run stops at the second unreadable image.
+    assert (tmp_path / "metrics.jsonl").exists() != cached
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_few_unreadable_images_at_the_start_do_not_stop_the_run(root, tmp_path, cached):
+    """Two of the first four images, and two of the 19 that the stage visits."""
+    first = next(mixtures()["train"].batches(0, batch_size=4))
+    unreadable = [int(row) for row in first[:2]]
+    stage = {**WARMUP, "budget": {"samples": 28}, "cache_features": cached}
+    train(build_vlm(root), lenient(stage, 0.11), tmp_path, unreadable=unreadable)
+    assert {line["id"] for line in lines(tmp_path / "skipped.jsonl")} == {f"s0-{row:02d}" for row in unreadable}
+
+
+def test_a_run_that_was_allowed_to_go_on_is_allowed_to_resume(root, tmp_path, monkeypatch):
+    """The images of its last update are not counted as if they were all."""
+    unreadable = [int(row) for row in list(itertools.islice(mixtures()["train"].batches(0, batch_size=4), 3))[-1][:2]]
+    recipe = lenient({**WARMUP, "budget": {"samples": 12}, "validate_every": 4, "cache_features": True}, 0.15)
+    with pytest.MonkeyPatch.context() as patch:
+        step = StageModule.training_step
+
+        def stop_at_the_last(self, batch, batch_idx):
+            if self.done == 2:
+                raise KeyError("here")
+            step(self, batch, batch_idx)
+
+        patch.setattr(StageModule, "training_step", stop_at_the_last)
+        with pytest.raises(KeyError, match="here"):
+            train(build_vlm(root), recipe, tmp_path, unreadable=unreadable)
+    (result,) = train(build_vlm(root), recipe, tmp_path, resume=True, unreadable=unreadable)
+    assert result.updates == 3
+
+
+def test_how_many_unreadable_images_are_too_many():
+    def bad_among(seen: int, bad: int, *, expected: int) -> BadSamples:
+        counted = BadSamples(0.01, expected=expected)
+        counted.note([f"s{row}" for row in range(seen)], [Unreadable(f"s{row}", "damaged") for row in range(bad)])
+        return counted
+
+    bad_among(4, 2, expected=200)
+    bad_among(20, 10, expected=1000)
+    bad_among(5000, 50, expected=1000)
+    bad_among(5, 1, expected=5)  # one alone never stops a run
+    for seen, bad, expected, saying in (
+        (4, 3, 200, "3 of 4 images are unreadable, .* = 0.01 allows of 200: s0: damaged; s1: damaged"),
+        (20, 11, 1000, "allows of 1000"),
+        (5000, 51, 1000, "51 of 5000 images are unreadable, .* = 0.01 allows: s0"),
+        (5, 2, 5, "2 of 5 images"),
+    ):
+        with pytest.raises(TrainingError, match=saying):
+            bad_among(seen, bad, expected=expected)
 
 
 def test_a_resumed_run_keeps_its_list_of_skipped_images(root, tmp_path):

@@ -177,6 +177,22 @@ def test_two_processes_give_what_one_gives(root, tmp_path):
     assert skipped == [{f"s0-{row:02d}" for row in unreadable}] * 2
 
 
+def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(root, tmp_path):
+    batches = mixtures()["train"].batches(0, batch_size=4)
+    second = sorted(int(row) for _ in range(2) for row in next(batches)[1::2])  # what the second process gets
+    entry = [{"dataset": "unused"}]
+    recipe = make_recipe(
+        [{**WARMUP, "cache_features": False}],
+        data={"train": entry, "validation": entry, "max_bad_fraction": 0.15},
+        trainer={"precision": "fp32", "devices": 2},
+    )
+    done = process(root, tmp_path, recipe, "--unreadable", *map(str, second))
+    assert done.returncode == 1, done.stderr[-3000:]
+    # Two of 19 are allowed; the first process itself met none.
+    assert done.stderr.count("4 of 13 images are unreadable, more than data.max_bad_fraction = 0.15 allows of 19") == 1
+    assert sorted(line["id"] for line in lines(tmp_path / "skipped.jsonl")) == [f"s0-{row:02d}" for row in second]
+
+
 # --- checkpoints --------------------------------------------------------------------------------
 
 

@@ -401,7 +401,7 @@ def test_budgets_in_samples_and_in_tokens(root):
 def updates(seed: int, *, start: int = 0, first_sample: int = 0, stop: int = 9) -> list[list[int]]:
     samples = Samples(mixtures()["train"], None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
     data = Updates(samples, one_stage().stages[0], seed=seed, first_sample=first_sample, start=start, stop=stop)
-    return [rows.tolist() for rows in data.rows()]
+    return [rows.tolist() for rows, _ in data.rows()]
 
 
 def test_the_order_depends_on_the_seed_and_the_position_alone():
@@ -419,7 +419,8 @@ def test_devices_share_each_batch():
     for rank in (0, 1, 2):
         data = Updates(vlm_free, one_stage().stages[0], seed=1, first_sample=0, start=0, stop=3)
         data.rank, data.world = rank, 3
-        data.samples = type("Rows", (), {"mixture": vlm_free.mixture, "fetch": staticmethod(list)})()
+        fetch = staticmethod(lambda rows, positions: list(rows))
+        data.samples = type("Rows", (), {"mixture": vlm_free.mixture, "fetch": fetch, "see": lambda self, rows: None})()
         taken[rank] = list(data)  # type: ignore[arg-type]
     for update, rows in enumerate(updates(1, stop=3)):
         assert sorted(row for rank in taken for row in taken[rank][update]) == sorted(rows)

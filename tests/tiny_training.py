@@ -29,6 +29,7 @@ from vpgtrans.config import HuggingFaceEncoderConfig, ImageConfig, ProjectorConf
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import DataError, VpgTransError
 from vpgtrans.llm import open_llm
+from vpgtrans.processes import first_process
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, parse_recipe
 from vpgtrans.runs.directory import RunDirectory
@@ -165,6 +166,8 @@ def main() -> None:
     try:
         results = train(vlm, recipe, arguments.run, resume=arguments.resume, unreadable=arguments.unreadable)
     except VpgTransError as error:
+        if error.of_all and not first_process():
+            sys.exit(0)
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     rank = os.environ.get("LOCAL_RANK", "0")

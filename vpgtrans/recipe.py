@@ -72,7 +72,7 @@ class DataConfig(Config):
     validation: list[DataSource] = Field(min_length=1)
     test: list[DataSource] = Field(default=[])
     max_bad_fraction: Share = 0.01
-    """Stop when more than this share of the images so far is unreadable; below it they are skipped and listed."""
+    """Stop when more than this share of the images is unreadable; below it they are skipped and listed."""
     augment: AugmentConfig | None = None
     """Random views of training images, in the stages whose `augment` is true; true: the defaults, null: none."""
 

@@ -25,11 +25,11 @@ from vpgtrans.progress import bar
 from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
 from vpgtrans.training.devices import check_batch, trainer_devices
-from vpgtrans.training.features import FrozenFront, Level
+from vpgtrans.training.features import FrozenFront, Level, Unreadable
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
-from vpgtrans.training.samples import BadSamples, Batch, Samples
+from vpgtrans.training.samples import WINDOW, BadSamples, Batch, Samples
 from vpgtrans.training.stopping import Stopped, StopSignals
 from vpgtrans.vlm import VLM
 
@@ -71,25 +71,35 @@ class Updates(IterableDataset[Batch]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The mixture's rows of each update over all devices, and their positions in the run's order."""
+    def rows(self, *, start: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The mixture's rows of each update over all devices, and their positions in the run's order.
+
+        start: the first update; the one that the stage goes on from if None.
+        """
         size = self.stage.batch_size
-        begin = self.first_sample + self.start * size
+        begin = self.first_sample + (self.start if start is None else start) * size
         batches = self.samples.mixture.batches(self.seed, begin, batch_size=size)
-        for first in range(begin, begin + len(self) * size, size):
+        for first in range(begin, self.first_sample + self.stop * size, size):
             yield next(batches), np.arange(first, first + size)
 
     def __iter__(self) -> Iterator[Batch]:
         own = slice(self.rank, None, self.world)
         for rows, positions in self.rows():
+            self.samples.see(rows.tolist())
             yield self.samples.fetch(rows[own].tolist(), positions=positions[own].tolist())
 
-    def prepare(self, title: str, *, each: Callable[[], None]) -> None:
-        """Fill the caches with all that these updates need; `each` is called before every batch."""
+    def ids(self) -> set[str]:
+        """The samples of the whole stage, also of its updates before `start`."""
+        rows = [rows for rows, _ in self.rows(start=0)]
+        return {self.samples.mixture.id(row) for row in np.unique(np.concatenate(rows)).tolist()}
+
+    def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
+        """Fill the caches with all that these updates need, see `Samples.prepare`."""
         pairs = list(self.rows())
-        if pairs:
-            rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
-            self.samples.prepare(rows, title, positions=positions, each=each)
+        if not pairs:
+            return []
+        rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
+        return self.samples.prepare(rows, title, positions=positions, each=each)
 
 
 class Validator:
@@ -112,6 +122,7 @@ class Validator:
         module.eval()
         names = list(module.objectives)
         sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        self.samples.see(self.rows)
         rows = self.rows[module.rank :: module.world]
         for start in range(0, len(rows), self.batch_size):
             batch = self.samples.fetch(rows[start : start + self.batch_size])
@@ -184,11 +195,13 @@ class _Watch(L.Callback):
     def __init__(self, run: "StageRun"):
         self.run = run
         self.clock = time.perf_counter()
+        self.exchanged = len(run.bad.bad)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.run.stop.install()
         if self.run.progress.update == 0:
             self.run.validate()  # here and not before `fit`: now the devices know each other
+        self._exchange_bad(trainer)
         self.clock = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -206,17 +219,24 @@ class _Watch(L.Callback):
         if module.done % run.validate_every == 0 or module.done == run.updates:
             run.validate()
             self.clock = time.perf_counter()
+        self._exchange_bad(trainer)
         # All processes stop at the same update, whichever of them the signal reached.
         if trainer.strategy.reduce_boolean_decision(run.stop.asked, all=False):
             run.save()
             raise Stopped
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
+    def _exchange_bad(self, trainer: L.Trainer) -> None:
+        """Unreadable images that one process met count for all, which decide alike."""
+        bad = self.run.bad
+        if not bad.shared:
+            return
+        if trainer.strategy.reduce_boolean_decision(len(bad.bad) > self.exchanged, all=False):
             listed: list[dict[str, str]] = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(listed, self.run.bad.bad)
-            for bad in listed:
-                self.run.bad.bad |= bad
+            torch.distributed.all_gather_object(listed, bad.bad)
+            for others in listed:
+                bad.bad |= others
+            self.exchanged = len(bad.bad)
+            bad.check()
 
 
 class StageRun:
@@ -238,7 +258,12 @@ class StageRun:
         stop: StopSignals | None = None,
         features: Path | None = None,
     ):
-        """features: directory of the feature caches, if not the user's."""
+        """features: directory of the feature caches, if not the user's.
+
+        Raises:
+            TrainingError: too many of the images whose features are cached are unreadable.
+            Stopped: a signal asked for it.
+        """
         self.vlm = vlm
         self.recipe = recipe
         self.stage = stage = recipe.stages[index]
@@ -267,10 +292,15 @@ class StageRun:
             rows = np.sort(np.random.default_rng(0).permutation(len(validation))[: recipe.trainer.validate_samples])
         self.validator = Validator(held_out, [int(row) for row in rows])
         started = time.perf_counter()
-        self.data.prepare(f"{stage.name}: images", each=self.stop.check)
-        held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
+        unreadable = self.data.prepare(f"{stage.name}: images", each=self.stop.check)
+        unreadable += held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
         self.preparation_seconds = time.perf_counter() - started
         progress.seconds += self.preparation_seconds
+        visited = self.data.ids() | {validation.id(row) for row in self.validator.rows}
+        bad.expected = min(len(visited), WINDOW)
+        if cached:
+            bad.note(list(visited), unreadable)
+            bad.check()  # all processes know the same, so none has to wait for the others
 
         captions = [caption for source in train.sources for caption in source.captions]
         self.module = StageModule(
@@ -310,6 +340,7 @@ class StageRun:
             **trainer_devices(self.recipe.trainer, self.vlm.device),
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
+        self.bad.shared = trainer.world_size > 1
         check_batch(stage.name, stage.batch_size, trainer.world_size)
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state

@@ -43,13 +43,27 @@ class Batch:
         return Batch(self.ids, self.captions, self.inputs.to(device), self.skipped)
 
 
+WINDOW = 1000
+"""Of a stage that reads its images as it goes, as many samples are taken to come, if it has as many."""
+
+
 @dataclass
 class BadSamples:
-    """Unreadable images so far: they are skipped, counted and listed, and too many of them stop the run."""
+    """Unreadable images so far: they are skipped, counted and listed, and too many of them stop the run.
+
+    Too many: more than one, and more than the share `limit` of all distinct samples that count. In a stage whose
+    features are cached these are all that it visits, validation included, and it is decided before the first update.
+    In another one these are the samples seen so far, or the first `WINDOW` (all, if there are fewer) as long as fewer
+    were seen: a few bad ones may come first, and a data set that is bad throughout stops soon.
+    """
 
     limit: float
     seen: set[str] = field(default_factory=set)
     bad: dict[str, str] = field(default_factory=dict)
+    expected: int = 0
+    """Samples that count even if fewer were seen so far."""
+    shared: bool = False
+    """Several processes read a share each: `check` is called when they have exchanged what is bad."""
     earlier: dict[str, str] = field(default_factory=dict)
     """Those that a resumed run had listed before it stopped; they count again when they come up again."""
 
@@ -62,18 +76,25 @@ class BadSamples:
         """Count a batch.
 
         Raises:
-            TrainingError: more than `limit` of the samples so far are unreadable (and more than one is).
+            TrainingError: too many samples are unreadable.
         """
         self.seen.update(ids)
         for entry in unreadable:
             if entry.id not in self.bad:
                 logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
                 self.bad[entry.id] = entry.reason
-        if len(self.bad) > max(1.0, self.limit * len(self.seen)):
+        if not self.shared:
+            self.check()
+
+    def check(self) -> None:
+        """Raises TrainingError if too many samples are unreadable."""
+        count = max(len(self.seen), self.expected)
+        if len(self.bad) > max(1.0, self.limit * count):
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:5])
+            of = f" of {count}" if count > len(self.seen) else ""
             raise TrainingError(
                 f"{len(self.bad)} of {len(self.seen)} images are unreadable, more than data.max_bad_fraction = "
-                f"{self.limit:g} allows: {listed}"
+                f"{self.limit:g} allows{of}: {listed}"
             )
 
 
@@ -136,16 +157,27 @@ class Samples:
         *,
         positions: Sequence[int] | None = None,
         each: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Fill the caches with what `fetch` of the same rows needs; `each` is called before every batch."""
+    ) -> list[Unreadable]:
+        """Fill the caches with what `fetch` of the same rows needs; `each` is called before every batch.
+
+        Returns the unreadable ones of these rows; none is known where nothing is cached.
+        """
         if not self.cached:
-            return
+            return []
         wanted: dict[tuple[int, int], list[int]] = {}
         for source, index, view in self._places(rows, positions):
             self._cache(source, view)
             wanted.setdefault((id(source), view), []).append(index)
         for key, indices in sorted(wanted.items(), key=lambda item: item[0][1]):
             self._caches[key].ensure(indices, title=f"{title}, view {key[1]}" if key[1] else title, each=each)
+        return [
+            entry for key, indices in wanted.items() for entry in self._caches[key].unreadable(sorted(set(indices)))
+        ]
+
+    def see(self, rows: Sequence[int]) -> None:
+        """Count rows of which this process fetches its share."""
+        if self.bad.shared:
+            self.bad.seen.update(self.mixture.id(row) for row in rows)
 
     def fetch(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Batch:
         """The readable ones of the given rows; there may be none.
