@@ -182,6 +182,54 @@ def test_a_composite_checkpoint_gives_its_text_models_table(tmp_path, kind, fami
         llms.open_llm(str(tmp_path))
 
 
+def test_a_composite_that_opens_as_text_alone_is_an_llm(tmp_path):
+    """Gemma 3 from 4B on is published with its vision tower, and transformers counts it as a causal LM."""
+    config = transformers.Gemma3Config(
+        text_config=tiny.tiny_config("gemma3").to_dict(),
+        vision_config={"model_type": "siglip_vision_model", "image_size": 28, **VISION},
+        mm_tokens_per_image=4,
+    )
+    composite = transformers.Gemma3ForConditionalGeneration(config).eval()
+    composite.save_pretrained(tmp_path)
+    tiny.tiny_tokenizer("metaspace", add_bos=True).save_pretrained(tmp_path)
+    assert llms.open_config(str(tmp_path)).model_type == "gemma3_text"
+    llm = llms.open_llm(str(tmp_path), dtype=torch.float32)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(llm.model(ids).logits, composite(ids).logits)
+        llm.model.generate(inputs_embeds=llm.embed(ids), max_new_tokens=2)
+    assert llm.fingerprint == llms.read_embeddings(str(tmp_path)).fingerprint
+    assert llm.fingerprint.architecture == "Gemma3ForCausalLM"
+
+
+SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "saying"),
+    [
+        (transformers.BertConfig(**SMALL, num_attention_heads=4), "bert is no causal language model"),
+        (transformers.BartConfig(vocab_size=512, d_model=32), "bart is an encoder-decoder"),
+        (transformers.WhisperConfig(d_model=32), "whisper is an encoder-decoder"),
+    ],
+    ids=["bert", "bart", "whisper"],
+)
+def test_what_only_the_librarys_mapping_calls_causal_is_refused(tmp_path, config, saying):
+    config.save_pretrained(tmp_path)
+    for opener in (llms.open_config, llms.open_llm):
+        with pytest.raises(ReferenceError_, match=saying):
+            opener(str(tmp_path))
+
+
+def test_an_encoder_that_says_it_is_causal_is_found_out(tmp_path):
+    """BERT's generation model keeps full attention without is_decoder, and no mapping tells."""
+    config = transformers.BertGenerationConfig(**SMALL, num_attention_heads=4, initializer_range=0.5)
+    transformers.BertGenerationDecoder(config).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ReferenceError_, match="change with later words"):
+        llms.open_llm(str(tmp_path), dtype=torch.float32)
+
+
 def test_a_missing_tensor_is_named(tmp_path):
     path = tiny.tiny_llm("llama", tmp_path)
     state = load_file(path / "model.safetensors")

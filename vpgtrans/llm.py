@@ -40,6 +40,13 @@ _VERIFIED = frozenset({"opt", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text", 
 _COMPOSITE_PREFIXES = ("", "language_model.", "model.language_model.", "text_model.", "model.text_model.")
 """Where a checkpoint with more than a language model keeps it: BLIP-2, LLaVA on disk, in memory, Idefics3."""
 
+_TEXT_KEYS = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Names in a composite checkpoint -> those of its text model alone."""
+
 
 # --- what identifies an LLM -------------------------------------------------------------------
 
@@ -176,11 +183,12 @@ def open_llm(
     found = _resolve_llm(reference)
     directory = gguf_files.dequantised(found.path) if found.kind == "gguf" else found.path
     config = _config(reference, directory, trust_remote_code=trust_remote_code)
-    _require_causal(reference, config)
+    text = _causal_config(reference, config)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
-            config=config,
+            config=text,
+            key_mapping=None if text is config else _TEXT_KEYS,
             dtype=dtype or torch.bfloat16,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
@@ -197,21 +205,24 @@ def open_llm(
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
     weight = model.get_input_embeddings().weight
-    fingerprint = _fingerprint(found, type(model).__name__, config, tokenizer, weight)
+    fingerprint = _fingerprint(found, type(model).__name__, text, tokenizer, weight)
     llm = LanguageModel(model, tokenizer, reference, fingerprint)
-    if config.get_text_config().model_type not in _VERIFIED:
+    if text.get_text_config().model_type not in _VERIFIED:
+        _verify_causal(llm)
         _verify_inputs_embeds(llm)
     return llm
 
 
 def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
-    """The `transformers` config of an LLM; no weights are read (a GGUF's header is)."""
+    """The `transformers` config of an LLM (of a composite such as Gemma 3: its text model's).
+
+    No weights are read (a GGUF's header is). Raises ReferenceError_ where the reference is no causal LLM.
+    """
     found = _resolve_llm(reference, weights=False)
     if found.kind == "gguf":
         return gguf_files.open_config(found.path)
     config = _config(reference, found.path, trust_remote_code=trust_remote_code)
-    _require_causal(reference, config)
-    return config
+    return _causal_config(reference, config)
 
 
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -292,11 +303,29 @@ def _config(reference: str, directory: Path, *, trust_remote_code: bool) -> Any:
         raise ReferenceError_(f"{reference}: {directory / 'config.json'} can't be read: {error}") from error
 
 
-def _require_causal(reference: str, config: Any) -> None:
-    """Refuse encoders, encoder-decoders and vision-language checkpoints."""
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in _auto_map(config):
-        return
-    if config.get_text_config() is not config:
+def _causal_config(reference: str, config: Any) -> Any:
+    """The config to open a causal LLM with: a composite that `transformers` can open as text alone gives its text's.
+
+    Raises ReferenceError_ for encoders, encoder-decoders and other vision-language checkpoints. The library's own
+    mapping is no answer: BERT, BART and Gemma 3 with its vision tower are in it.
+    """
+    if "AutoModelForCausalLM" in _auto_map(config):
+        return config
+    text = config.get_text_config()
+    mapped = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(config, "is_encoder_decoder", False):
+        raise ReferenceError_(
+            f"{reference}: {config.model_type} is an encoder-decoder, which reads no visual prompts between its words; "
+            "name a decoder-only LLM"
+        )
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ReferenceError_(
+            f"{reference}: {config.model_type} is no causal language model (its config lacks is_decoder, so every word "
+            "sees the later ones); name a decoder-only LLM"
+        )
+    if type(config) in mapped and (text is config or type(text) in mapped):
+        return text
+    if text is not config:
         raise ReferenceError_(
             f"{reference}: a {config.model_type} checkpoint holds an LLM but is none; name the LLM it was built on, "
             "or use this reference as source.vpg"
@@ -368,6 +397,20 @@ def inputs_embeds_error(llm: LanguageModel, ids: Tensor | None = None) -> float:
         expected = llm.model(input_ids=ids, use_cache=False).logits.float()
         actual = llm.model(inputs_embeds=llm.embed(ids), use_cache=False).logits.float()
     return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def _verify_causal(llm: LanguageModel) -> None:
+    """Refuse a model whose logits change with the words that follow."""
+    ids = _word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:17].to(llm.model.device)
+    with torch.no_grad():
+        before = llm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, :-1].float()
+        after = llm.model(input_ids=ids[:, [0, 1, 2, 3, 4, 6]], use_cache=False).logits[:, :-1].float()
+    error = ((after - before).abs().max() / before.std()).item()
+    if not error < 0.02:
+        raise ReferenceError_(
+            f"{llm.reference}: {llm.fingerprint.architecture} is no causal language model: its logits change with "
+            f"later words (by {error:.3g} of their deviation); name a decoder-only LLM"
+        )
 
 
 def _verify_inputs_embeds(llm: LanguageModel) -> None:
