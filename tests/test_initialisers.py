@@ -12,7 +12,7 @@ import torch
 from tests.tiny import SENTENCES, tiny_llm, tiny_tokenizer
 from vpgtrans.config import InitialiserConfig, ProjectorConfig
 from vpgtrans.errors import TransferError
-from vpgtrans.llm import open_llm
+from vpgtrans.llm import open_llm, word_ids
 from vpgtrans.projector import Projector
 from vpgtrans.transfer.calibration import calibration_factor, rms, scale_prompts
 from vpgtrans.transfer.converters import Rows, fit
@@ -239,10 +239,22 @@ def test_copy_test_ends_and_gap(tiny_target):
     words = Table(tiny_target.embed(torch.arange(len(tiny_target.tokenizer))).detach(), tiny_target.tokenizer)
     test = CopyTest(words, tiny_target, SENTENCES[:5])
     assert test.nll(lambda x: x) == pytest.approx(test.native, rel=1e-5)
-    mean = words.matrix.mean(dim=0)
+    mean = words.matrix[word_ids(words.tokenizer, len(words.matrix))].mean(dim=0)  # specials are no words
     assert test.nll(lambda x: mean.expand(len(x), -1)) == pytest.approx(test.mean, rel=1e-5)
     assert test.gap_recovered(test.native) == pytest.approx(1.0)
     assert test.gap_recovered(test.mean) == pytest.approx(0.0)
+
+
+def test_copy_test_takes_a_tokenizer_with_more_tokens_than_the_table_has_rows(tmp_path):
+    """Gemma 3's text models: 262,144 rows, and one token more for images."""
+    path = tiny_llm("llama", tmp_path)
+    tokenizer = tiny_tokenizer("bytes", vocabulary=512)
+    tokenizer.add_tokens([f"<more {i}>" for i in range(520 - len(tokenizer))])
+    tokenizer.save_pretrained(path)
+    llm = open_llm(str(path), dtype=torch.float32)
+    assert len(llm.tokenizer) == 520
+    words = Table(llm.embed(torch.arange(512)).detach(), llm.tokenizer)
+    assert CopyTest(words, llm, SENTENCES[:2]).mean > 0
 
 
 def test_copy_test_keeps_its_captions_words_out(tiny_target):

@@ -124,7 +124,7 @@ class LanguageModel:
     @functools.cached_property
     def word_rms(self) -> float:
         """Root mean square over the entries of all words' embeddings (specials and unused rows left out)."""
-        ids = _word_ids(self.tokenizer, self.fingerprint.vocabulary)
+        ids = word_ids(self.tokenizer, self.fingerprint.vocabulary)
         with torch.no_grad():
             device = self.model.get_input_embeddings().weight.device
             return _rms(self.embed(chunk.to(device)) for chunk in ids.split(16384))
@@ -143,7 +143,7 @@ class WordEmbeddings:
     @functools.cached_property
     def word_rms(self) -> float:
         """As LanguageModel.word_rms."""
-        ids = _word_ids(self.tokenizer, len(self.matrix))
+        ids = word_ids(self.tokenizer, len(self.matrix))
         return _rms(self.matrix[chunk] for chunk in ids.split(16384))
 
 
@@ -153,7 +153,8 @@ def _embed(layer: nn.Module, ids: Tensor, config: Any) -> Tensor:
     return vectors if field is None else vectors * getattr(config.get_text_config(), field)
 
 
-def _word_ids(tokenizer: Any, rows: int) -> Tensor:
+def word_ids(tokenizer: Any, rows: int) -> Tensor:
+    """Ids LongTensor[n] of the words among `rows` rows of a table: no specials, no added tokens, no unused rows."""
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     return torch.tensor([i for i in range(min(len(tokenizer), rows)) if i not in added])
 
@@ -391,7 +392,7 @@ def inputs_embeds_error(llm: LanguageModel, ids: Tensor | None = None) -> float:
     """Largest difference between `model(ids)` and `model(inputs_embeds=embed(ids))`, over the logits' deviation."""
     device = llm.model.get_input_embeddings().weight.device
     if ids is None:
-        ids = _word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:16]
+        ids = word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:16]
     ids = ids.to(device)
     with torch.no_grad():
         expected = llm.model(input_ids=ids, use_cache=False).logits.float()
@@ -401,7 +402,7 @@ def inputs_embeds_error(llm: LanguageModel, ids: Tensor | None = None) -> float:
 
 def _verify_causal(llm: LanguageModel) -> None:
     """Refuse a model whose logits change with the words that follow."""
-    ids = _word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:17].to(llm.model.device)
+    ids = word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:17].to(llm.model.device)
     with torch.no_grad():
         before = llm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, :-1].float()
         after = llm.model(input_ids=ids[:, [0, 1, 2, 3, 4, 6]], use_cache=False).logits[:, :-1].float()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpgtrans.errors import TransferError
+from vpgtrans.llm import word_ids
 from vpgtrans.transfer.converters import Rows
 from vpgtrans.transfer.pairing import TokenPairs, Words, token_bytes, word_form
 
@@ -125,7 +126,9 @@ class CopyTest:
     @functools.cached_property
     def mean(self) -> float:
         """NLL a token where every converted word is the target words' mean: nothing to read."""
-        vectors = self._embed(torch.arange(len(self.llm.tokenizer))).mean(dim=0)
+        # Not every id of the tokenizer: it may have more than the table has rows.
+        ids = word_ids(self.llm.tokenizer, self.llm.fingerprint.vocabulary)
+        vectors = self._embed(ids).mean(dim=0)
         return self._nll([vectors.expand(len(ids), -1) for ids in self.source_ids])
 
     def nll(self, convert: Convert) -> float:
