@@ -77,7 +77,8 @@ class Choice:
     initialisation: Initialisation
     rows: list[ProbeRow]
     signal: bool
-    """Whether any candidate carries a signal that training needn't build first."""
+    """Whether any candidate carries a signal that training needn't build first: an image gap whose interval lies above
+    zero or, where no images are scored, a copy gap above zero."""
 
 
 def default_candidates(config: InitialiserConfig, context: Context) -> list[InitialiserConfig]:
@@ -105,7 +106,7 @@ def default_candidates(config: InitialiserConfig, context: Context) -> list[Init
 def probe(
     candidates: Sequence[InitialiserConfig], context: Context, *, scoring: Scoring | None = None
 ) -> list[tuple[ProbeRow, Initialisation]]:
-    """Make and score every candidate. One that can't be made gets a row with a note, and is left out of the choice.
+    """Make and score every candidate. One that can't be made or scored is a row with a note, and can't be chosen.
 
     Held-out word scores and the copy test come from a second fit, without the held-out words and the captions' words;
     the projector comes from a fit on all pairs.
@@ -137,6 +138,7 @@ def choose(config: InitialiserConfig, context: Context, *, scoring: Scoring | No
     seen = [pair for pair in made if pair[0].image_gap_low is not None and pair[0].image_gap_low > 0]
     copied = [pair for pair in made if pair[0].copy_gap_recovered is not None]
     scored = any(row.image_gap is not None for row, _ in made)
+    readable = False
     if kept:
         row, best = kept[0]
         row.note = "both LLMs share one embedding table"
@@ -145,14 +147,16 @@ def choose(config: InitialiserConfig, context: Context, *, scoring: Scoring | No
         row.note = "best image gap, its interval above zero"
     elif copied:
         row, best = max(copied, key=lambda pair: pair[0].copy_gap_recovered or 0.0)
-        row.note = "best copy gap" + (f"; {NO_SIGNAL}" if scored else "")
+        readable = not scored and (row.copy_gap_recovered or 0.0) > 0
+        row.note = "best copy gap" + ("" if readable else f"; {NO_SIGNAL}")
     else:
         row, best = made[0]
         row.note = "nothing could be scored; the default" + (f"; {NO_SIGNAL}" if scored else "")
     row.chosen = True
-    signal = bool(kept or seen)
-    if scored and not signal:
-        log.warning("initialiser auto: %s (no candidate's image gap is above zero before training)", NO_SIGNAL)
+    signal = bool(kept or seen or readable)
+    if (scored or copied) and not signal:
+        measure = "image" if scored else "copy"
+        log.warning("initialiser auto: %s (no candidate's %s gap is above zero before training)", NO_SIGNAL, measure)
     best.report["note"] = row.note
     return Choice(best, [row for row, _ in results], signal)
 
@@ -191,18 +195,24 @@ class _Fits:
 
 def _score(config: InitialiserConfig, context: Context, scoring: Scoring, fits: _Fits | None) -> tuple[ProbeRow, Any]:
     row = ProbeRow(name=config.kind, kind=config.kind)
-    converts = config.kind in ("converter", "caption-fit")
     try:
-        with _measured() as bill:
-            extra = 0.0
-            if converts and fits is not None:
-                pairs, found, extra = fits.everything(config)
-                made = initialise(config, context, pairs=pairs, found=found)
-            else:
-                made = initialise(config, context)
+        return row, _fill(row, config, context, scoring, fits)
     except TransferError as error:
-        row.note = str(error)
-        return row, None
+        return ProbeRow(name=row.name, kind=row.kind, note=str(error)), None
+
+
+def _fill(
+    row: ProbeRow, config: InitialiserConfig, context: Context, scoring: Scoring, fits: _Fits | None
+) -> Initialisation:
+    """Make one candidate and write its scores into `row`."""
+    converts = config.kind in ("converter", "caption-fit")
+    with _measured() as bill:
+        extra = 0.0
+        if converts and fits is not None:
+            pairs, found, extra = fits.everything(config)
+            made = initialise(config, context, pairs=pairs, found=found)
+        else:
+            made = initialise(config, context)
     row.name = made.name
     row.seconds = made.report["seconds"] + extra
     row.memory_bytes = int(bill["memory_bytes"])
@@ -226,7 +236,7 @@ def _score(config: InitialiserConfig, context: Context, scoring: Scoring, fits: 
         row.image_gap_low, row.image_gap_high = gap.low, gap.high
         if not gap.signal:
             row.note = NO_SIGNAL
-    return row, made
+    return made
 
 
 @contextmanager
