@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tiny_runs import WARMUP, Tiny
 
 from vpgtrans import runs
-from vpgtrans.errors import RecipeError
-from vpgtrans.recipe import Recipe
+from vpgtrans.errors import OutputError, RecipeError
+from vpgtrans.recipe import CompareConfig, Recipe, load_recipe
 from vpgtrans.runs.compare import arm_recipe, speedups
 from vpgtrans.training.samples import Samples
 
@@ -132,6 +132,37 @@ def test_a_resumed_comparison_keeps_finished_arms(
     for arm in before["arms"].values():
         arm.pop("seconds")
     assert json.loads(json.dumps(after)) == before
+
+
+def test_a_resumed_comparison_may_have_other_arms_seeds_and_rates_and_nothing_else(
+    compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, path, _ = compared
+    first = read(path / "summary.json")
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    trained: list[str] = []
+    run_stages = COMPARE.run_stages
+
+    def record(vlm: Any, recipe: Any, run: Any, **options: Any) -> Any:
+        trained.append(run.path.name)
+        return run_stages(vlm, recipe, run, **options)
+
+    monkeypatch.setattr(COMPARE, "run_stages", record)
+    more = recipe.model_copy(
+        update={"compare": CompareConfig(arms=["scratch", "random", "transfer"], seeds=3, lr_factors=[1.0])}
+    )
+    other = more.model_copy(update={"seed": 1})
+    with pytest.raises(OutputError, match=r"\(differs in seed\); .* but for compare\.arms, compare\.seeds, "):
+        runs.compare(other, output=copy, resume=True, device="cpu")
+    assert load_recipe(copy / "recipe.yaml") == recipe
+    summary = runs.compare(more, output=copy, resume=True, device="cpu")
+    assert trained == ["scratch-seed2-lr1", "random-seed0", "random-seed1", "random-seed2", "transfer-seed2"]
+    assert load_recipe(copy / "recipe.yaml") == more
+    assert (list(summary["arms"]), summary["seeds"]) == (["scratch", "random", "transfer"], 3)
+    for arm in ("scratch", "transfer"):
+        assert summary["arms"][arm]["val_loss"][:2] == first["arms"][arm]["val_loss"]
+        assert len(summary["arms"][arm]["val_loss"]) == 3
 
 
 def test_scratch_and_inherit_put_the_whole_budget_into_the_fine_tune(tiny: Tiny) -> None:

@@ -26,6 +26,7 @@ from vpgtrans.cli.options import (
     vpgtrans compare recipes/compare.yaml
     vpgtrans compare recipes/compare.yaml --arms scratch,transfer --seeds 1 --output runs/short
     vpgtrans compare recipes/compare.yaml --resume --json > comparison.json
+    vpgtrans compare recipes/compare.yaml --resume --seeds 5
     """,
 )
 @recipe_arguments

@@ -46,6 +46,9 @@ DEFINITIONS = {
     TRANSFER: "the recipe as it stands: initialiser, warm-up, fine-tune",
 }
 
+_MAY_DIFFER = ("compare.arms", "compare.seeds", "compare.lr_factors")
+"""What a resumed comparison may change: a finished arm depends on none of it."""
+
 Curve = list[tuple[int, float]]
 
 
@@ -60,7 +63,10 @@ def compare(
     overwrite: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Run the arms and write summary.json, report.html and curves.png; finished arms of a resumed run are kept.
+    """Run the arms and write summary.json, report.html and curves.png.
+
+    Finished arms of a resumed run are kept by arm, seed and learning rate, so it may have other `arms`, `seeds` and
+    `lr_factors` than before: what is missing is added.
 
     Raises:
         RecipeError: the recipe builds a VPG from scratch, or budgets are not in samples.
@@ -70,6 +76,7 @@ def compare(
     if any(stage.budget.samples is None for stage in recipe.stages):
         raise RecipeError("stages[].budget: compare counts samples; give every stage budget: {samples: N}")
     arms, count = list(dict.fromkeys(arms or recipe.compare.arms)), seeds or recipe.compare.seeds
+    recipe = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"arms": arms, "seeds": count})})
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise RecipeError(f"compare.arms: no arm {', '.join(unknown)}; known: {', '.join(ARMS)}")
     if by_torchrun() is not None:
@@ -77,7 +84,7 @@ def compare(
     if recipe.trainer.devices != 1:
         # one arm after the other, each alone: seconds and memory of an arm are its own
         recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})
-    path = check_run(recipe, output, resume=resume, overwrite=overwrite)
+    path = check_run(recipe, output, resume=resume, overwrite=overwrite, may_differ=_MAY_DIFFER)
     where = pick_device(device)
     _check(recipe, arms, where)
     run = create_run(recipe, path, resume=resume)

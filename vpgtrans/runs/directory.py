@@ -6,13 +6,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vpgtrans.errors import OutputError
 from vpgtrans.processes import first_process
-from vpgtrans.recipe import Recipe, dump, load_recipe, recipe_hash
+from vpgtrans.recipe import Recipe, dump, load_recipe
 
 _RECIPE, _ENVIRONMENT = "recipe.yaml", "environment.json"
 _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets", "numpy")
@@ -43,8 +44,13 @@ class RunDirectory:
         return json.loads((self.path / name).read_text())
 
 
-def check_run(recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool) -> Path:
+def check_run(
+    recipe: Recipe, output: Path | None, *, resume: bool, overwrite: bool, may_differ: Collection[str] = ()
+) -> Path:
     """Where a recipe's run goes; nothing is written yet.
+
+    Args:
+        may_differ: key paths in which the recipe of a resumed run may differ from the one it was begun with.
 
     Raises:
         OutputError: it holds another run or something else, or there is nothing to resume.
@@ -67,27 +73,36 @@ def check_run(recipe: Recipe, output: Path | None, *, resume: bool, overwrite: b
         raise OutputError(f"{path} holds no run to resume; leave --resume out to start one")
     if resume:
         earlier = load_recipe(path / _RECIPE)
-        if recipe_hash(earlier) != recipe_hash(recipe):
-            keys = ", ".join(_differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json")))
-            raise OutputError(f"{path} was begun with another recipe (differs in {keys}); resume needs the same one")
+        differ = _differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        wrong = [key for key in differ if not any(key == free or key.startswith(f"{free}.") for free in may_differ)]
+        if wrong:
+            but = f" but for {', '.join(may_differ)}" if may_differ else ""
+            raise OutputError(
+                f"{path} was begun with another recipe (differs in {', '.join(wrong)}); resume needs the same one{but}"
+            )
     return path
 
 
 def create_run(recipe: Recipe, path: Path, *, resume: bool) -> RunDirectory:
     """The run directory, emptied and with its first files unless an earlier start is continued.
 
+    Of one that is continued recipe.yaml becomes what it goes on with, as far as `check_run` lets that differ.
+
     Raises:
         OutputError: it can't be written.
     """
     run = RunDirectory(path)
-    if resume or not first_process():
+    if not first_process():
         return run
     try:
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        (path / _RECIPE).write_text(dump(recipe))
-        run.write(_ENVIRONMENT, environment())
+        if not resume:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+            run.write(_ENVIRONMENT, environment())
+        temporary = path / f".{_RECIPE}.tmp"
+        temporary.write_text(dump(recipe))
+        os.replace(temporary, path / _RECIPE)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
     return run
