@@ -130,6 +130,23 @@ def test_a_wrong_recipe(bench: Bench, verb: str, changes: dict[str, Any], saying
     refused(bench, verb, bench.recipe(**changes), saying=saying)
 
 
+def test_lora_on_layers_that_are_not_there(bench: Bench) -> None:
+    stages = stage(trainable={"llm": "lora"}, lora={"targets": ["q_projj", "q_proj"]})
+    for verb in ("transfer", "compare"):
+        refused(bench, verb, bench.recipe(stages=stages), saying=("lora.targets: q_projj:", "q_proj", "up_proj"))
+
+
+def test_two_stages_that_want_different_adapters(bench: Bench) -> None:
+    one, two = (stage(trainable={"llm": "lora"}, lora={"rank": rank})[0] for rank in (2, 4))
+    refused(bench, "transfer", bench.recipe(stages=[one, two | {"name": "second"}]), saying=("second", "one adapter"))
+
+
+def test_a_connector_without_parameters_as_all_that_trains(bench: Bench) -> None:
+    llava = tiny_llava(bench.tiny.root / "llava-nothing")
+    recipe = bench.recipe(source={"vpg": str(llava)}, stages=stage(trainable={"connector": "full"}))
+    refused(bench, "transfer", recipe, saying=("trains nothing", "identity", "projector"))
+
+
 def test_a_wrong_override_and_a_wrong_file(bench: Bench) -> None:
     recipe = bench.recipe()
     refused(bench, "transfer", recipe, "stages.warmup.lrr=1", saying=("stages", "lrr"))

@@ -238,6 +238,16 @@ class Recipe(Config):
         return self.data.augment if stage.augment else None
 
     @model_validator(mode="after")
+    def _one_adapter(self) -> "Recipe":
+        lora = [stage for stage in self.stages if stage.trainable["llm"] == "lora"]
+        for stage in lora[1:]:
+            if stage.lora != lora[0].lora:
+                raise ValueError(
+                    f"stage {stage.name}: its lora differs from that of stage {lora[0].name}; both train one adapter"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _cacheable(self) -> "Recipe":
         for stage in self.stages:
             augmentation = self.augmentation(stage)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.recipe import Recipe
-from vpgtrans.runs.parts import Source, check_widths, open_target, visual_tokens
+from vpgtrans.runs.parts import Source, check_widths, fresh_connector, open_target, visual_tokens
+from vpgtrans.training.parts import check_stages
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
-from vpgtrans.transfer.probe import Choice, Scoring, choose
+from vpgtrans.transfer.probe import Choice, ProbeRow, Scoring, choose, probe, slow_candidates
 from vpgtrans.transfer.scores import CopyTest, word_scores
 from vpgtrans.vlm import VLM, Splice
 
@@ -57,9 +58,9 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     """
     check_widths(source.vpg, source.projector)
     llm = open_target(recipe, device=device)
+    check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
-    rows = [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
-    tokens, rows = visual_tokens(source.vpg, train, rows)
+    tokens, rows = visual_tokens(source.vpg, train, _sample(train))
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
     context = Context(
@@ -77,17 +78,38 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
 
 def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Choice:
     """Make and score the initialisers that the context allows; the one that `auto` takes is marked."""
+    return choose(recipe.initialiser, prepared.context, scoring=_scoring(recipe, prepared, validation))
+
+
+def score_others(recipe: Recipe, prepared: Prepared, *, train: Mixture, validation: Mixture) -> list[ProbeRow]:
+    """Rows of what `auto` doesn't try: the slow converters, and `random` behind a connector with random weights."""
+    config, context = recipe.initialiser, prepared.context
+    found = probe(slow_candidates(config, context), context, scoring=_scoring(recipe, prepared, validation))
+    vpg = fresh_connector(prepared.source.vpg, seed=recipe.seed).to(prepared.device)
+    fresh = replace(prepared, source=replace(prepared.source, vpg=vpg))
+    tokens, rows = visual_tokens(vpg, train, _sample(train))
+    context = replace(context, visual_tokens=tokens, captions=[train.caption(row) for row in rows])
+    random = config.model_copy(update={"kind": "random"})
+    found += probe([random], context, scoring=_scoring(recipe, fresh, validation))
+    return [row for row, _ in found]
+
+
+def _sample(train: Mixture) -> list[int]:
+    """The images on which initialisers are calibrated."""
+    return [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
+
+
+def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Scoring:
     context = prepared.context
     rows = [int(row) for row in np.random.default_rng(2).permutation(len(validation))[:SCORING_IMAGES]]
     tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows)
-    scoring = Scoring(
+    return Scoring(
         caption_nll=Splice(prepared.llm, prepared.prompt).caption_nll,
         visual_tokens=tokens,
         captions=[validation.caption(row) for row in held_out],
         copy_test=CopyTest(context.source, prepared.llm) if context.source is not None else None,
         seed=recipe.seed,
     )
-    return choose(recipe.initialiser, context, scoring=scoring)
 
 
 def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:

@@ -1,6 +1,6 @@
 """Which parts of a VLM train in a stage, and how: applied to the modules, shown as a table, taken out as a state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from vpgtrans.adapters import ADAPTER_MODULES, adapter_state, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
+from vpgtrans.errors import RecipeError
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
 from vpgtrans.recipe import Stage
+from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM
 
 PARTS: tuple[Part, ...] = ("encoder", "connector", "projector", "llm")
@@ -26,6 +28,28 @@ def part_module(vlm: VLM, part: Part) -> nn.Module:
         "llm": vlm.language_model,
     }
     return modules[part]
+
+
+def check_stages(stages: Sequence[Stage], vpg: VPG, model: nn.Module) -> None:
+    """Refuse stages that would train nothing on these parts; before anything is written.
+
+    Raises:
+        RecipeError: `lora.targets` names what the LLM doesn't have, or the parts that train have no parameters.
+    """
+    for stage in stages:
+        trains = {part for part, mode in stage.trainable.items() if mode != "frozen"}
+        if stage.trainable["llm"] == "lora" and stage.lora.targets is not None:
+            there = sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
+            if wrong := [target for target in stage.lora.targets if target not in there]:
+                raise RecipeError(
+                    f"stage {stage.name}: lora.targets: {', '.join(wrong)}: the LLM's blocks have no such linear "
+                    f"layer; they have {', '.join(there)}"
+                )
+        if trains == {"connector"} and not any(True for _ in vpg.connector.parameters()):
+            raise RecipeError(
+                f"stage {stage.name}: trains nothing: the connector ({vpg.config.connector.kind}) has no parameters; "
+                "train the projector too"
+            )
 
 
 def add_adapter(vlm: VLM, config: LoRAConfig) -> None:
