@@ -39,7 +39,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 compare: $(STAMP) ## the full comparison: scratch, inherit, transfer over several seeds (hours)
-	$(BIN)/vpgtrans compare recipes/compare.yaml --output runs/compare --resume
+	$(BIN)/vpgtrans compare recipes/compare.yaml --output runs/compare $(if $(wildcard runs/compare/recipe.yaml),--resume)
 
 clean: ## remove the environment and caches, keep runs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,14 @@ NAMES = [
     "<script>alert('x')</script> & co",
 ]
 
+ENVIRONMENT: dict[str, Any] = {
+    "python": "3.11.9",
+    "versions": {"vpgtrans": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+    "cores": 2,
+    "commit": "2bdc494",
+}
+"""As `runs.directory.environment` has it."""
+
 RECIPE = """# Give Gemma 3 270M the eyes that were trained with SmolLM2 135M.
 name: quickstart
 source: {vpg: registry:openmoji-qformer-smollm2-135m}
@@ -144,8 +152,7 @@ def write_run(run: Path) -> Path:
         "recipe_hash": "9f2c" * 16,
     }
     _dump(run / "lineage.json", lineage)
-    versions = {"python": "3.11.9", "vpgtrans": "0.1.0", "packages": {"torch": "2.13.0", "transformers": "5.23.0"}}
-    _dump(run / "environment.json", versions | {"cpu": "2 cores", "commit": "2bdc494"})
+    _dump(run / "environment.json", ENVIRONMENT)
     (run / "recipe.yaml").write_text(RECIPE)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics()))
     (run / "skipped.jsonl").write_text('{"id": "1F9D1", "reason": "truncated PNG <b>"}\n')
@@ -191,7 +198,7 @@ def write_compare(run: Path) -> Path:
     run.mkdir(parents=True)
     _dump(run / "summary.json", compare_summary())
     (run / "recipe.yaml").write_text(RECIPE)
-    _dump(run / "environment.json", {"python": "3.11.9", "vpgtrans": "0.1.0"})
+    _dump(run / "environment.json", ENVIRONMENT)
     return run
 
 

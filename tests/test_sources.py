@@ -62,7 +62,7 @@ def check(captions: Captions) -> None:
     assert len(set(captions.ids)) == len(captions) == 3
     for index, color in enumerate(COLORS):
         assert captions.image(index).convert("RGB").getpixel((0, 0)) == color
-    assert len({captions.image_key(i) for i in range(3)}) == 3
+    assert len({captions.image_bytes(i) for i in range(3)}) == 3
 
 
 def test_parquet_file_and_directory(tmp_path: Path):

@@ -13,9 +13,9 @@ from vpgtrans.cli.options import Examples
     cls=Examples,
     short_help="Train a VPG from scratch with an LLM.",
     epilog="""
-    vpgtrans train recipes/source.yaml
-    vpgtrans train recipes/source.yaml target.llm=hf:Qwen/Qwen3-0.6B --output runs/source-qwen
-    vpgtrans train recipes/source.yaml --resume
+    vpgtrans train recipes/openmoji-source.yaml
+    vpgtrans train recipes/openmoji-source.yaml target.llm=hf:Qwen/Qwen3-0.6B --output runs/source-qwen
+    vpgtrans train recipes/openmoji-source.yaml --resume
     """,
 )
 @training.training_options

@@ -84,10 +84,6 @@ class Captions:
         except DataError as error:
             raise DataError(f"sample {self.ids[index]}: {error}") from error
 
-    def image_key(self, index: int) -> str:
-        """sha256 of the image's bytes, for caches; DataError as in `image`."""
-        return hashlib.sha256(self.image_bytes(index)).hexdigest()
-
     def image_bytes(self, index: int) -> bytes:
         """The image as it is stored, still encoded."""
         value = self._table[index][self._image_column]
@@ -318,10 +314,6 @@ class Mixture:
     def image(self, sample: int) -> Image.Image:
         captions, index = self.locate(sample)
         return captions.image(index)
-
-    def image_key(self, sample: int) -> str:
-        captions, index = self.locate(sample)
-        return captions.image_key(index)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of one epoch, int64 [len(self)]."""

@@ -31,7 +31,7 @@ def write_compare_report(run: Path) -> Path:
         headline=headline,
         lead=rest,
         key_figures=_key_figures(files.summary, arms),
-        version=(files.environment or {}).get("vpgtrans", ""),
+        version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
         chart=compare_chart(
             arms, prefix="arms", title="Validation loss by samples seen", description=" ".join(findings(arms))
         ),

@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
         headline=headline(files, curves),
         lead=[line for line in (_captions_line(samples), *best_notes(files.summary, curves)[:1]) if line],
         key_figures=_key_figures(files.summary),
-        version=(files.environment or {}).get("vpgtrans", ""),
+        version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
         bill=_bill(files.summary),
         skipped=[(str(row.get("id", "?")), fmt.plain(row.get("reason") or row.get("error"))) for row in files.skipped]
         if files.skipped

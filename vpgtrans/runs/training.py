@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import signal
 from dataclasses import asdict
 from typing import Any
@@ -136,8 +135,3 @@ def _read_skipped(run: RunDirectory) -> dict[str, str]:
     except (OSError, ValueError):
         return {}  # none so far, or the process was killed while it wrote: they will be met again
     return {line["id"]: line["reason"] for line in lines}
-
-
-def first_reach(curve: list[tuple[int, float]], level: float) -> float | None:
-    """Samples until a validation curve first lies at or below `level`; None if it never does."""
-    return next((samples for samples, value in curve if value <= level and math.isfinite(value)), None)
