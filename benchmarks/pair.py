@@ -88,7 +88,6 @@ class Pair:
             checkpoints=None,
             progress=Progress(),
             changed=changed_parts([stage]),
-            accelerator="cpu",
             features=features,
         )
 
