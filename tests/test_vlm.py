@@ -166,6 +166,46 @@ def test_a_space_stands_before_the_answer_where_the_template_ends_in_a_word(tmp_
     assert tokenizer.decode(batch.targets[:-1]) == apart + "a red sofa"
 
 
+def with_dummy_prefix(directory: Path) -> Path:
+    """Make the tokenizer put `▁` before every text, as Llama 2's and Mistral's do."""
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Prepend", "prepend": "▁"}, state["normalizer"]],
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    return directory
+
+
+@pytest.mark.parametrize("template", ["See:<image>\nIt is", "<image>", "<image>x", "See<image>\n"])
+def test_no_spurious_space_stands_inside_a_sentencepiece_prompt(tmp_path, template):
+    llm = open_llm(str(with_dummy_prefix(sharp_llm("mistral", tmp_path / "llm"))), dtype=torch.float32)
+    tokenizer = llm.tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n", add_special_tokens=False))[0] == "▁"
+    splice = Splice(llm, PromptConfig(template=template))
+    prompts = random_prompts(llm, 1)
+    before, after = template.split("<image>")
+    apart = "" if template.endswith(("\n", "<image>")) else " "
+    # a comma merges with nothing here: what stands behind it is tokenised as inside a text
+    head = tokenizer.encode(",", add_special_tokens=False)
+    inside = [tokenizer.encode("," + text, add_special_tokens=False) for text in (after, apart + "a red sofa")]
+    assert all(ids[: len(head)] == head for ids in inside)
+    middle, answer = (ids[len(head) :] for ids in inside)
+    assert splice.join(prompts, ["a red sofa"]).targets.tolist() == [*answer, tokenizer.eos_token_id]
+    first = [tokenizer.bos_token_id, *tokenizer.encode(before, add_special_tokens=False)]
+    embedded = [llm.embed(torch.tensor([ids], dtype=torch.long)) for ids in (first, middle)]
+    torch.testing.assert_close(
+        splice.context(prompts, template), torch.cat([embedded[0], prompts, embedded[1]], dim=1), atol=0, rtol=0
+    )
+
+
+def test_a_template_that_begins_with_the_bos_token_gets_no_second_one(tmp_path):
+    llm = open_llm(str(sharp_llm("llama", tmp_path / "llm")), dtype=torch.float32)
+    splice, prompts = Splice(llm, PromptConfig()), random_prompts(llm, 1)
+    plain, given = (splice.context(prompts, template) for template in ("See:<image>", "<s>See:<image>"))
+    torch.testing.assert_close(given, plain, atol=0, rtol=0)
+
+
 def tiny_vlm(path: Path, *, prompt: PromptConfig, dtype: torch.dtype = torch.float32) -> VLM:
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,

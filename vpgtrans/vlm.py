@@ -9,6 +9,7 @@ The loss is on the answer and the end token only, and the LLM's head runs at tho
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.vision.preprocess import open_image
 from vpgtrans.vision.vpg import VPG
+
+_ANCHORS = ("\n", ":", "0")
+"""What a text may stand behind to be tokenised as the middle of another; the first that does not merge with it."""
 
 
 @dataclass
@@ -73,11 +77,13 @@ class Splice:
     def context(self, prompts: Tensor, template: str) -> Tensor:
         """What stands before an answer, embedded: [B, T, d] -> [B, words + T, d] in the LLM's dtype."""
         before, after = template.split("<image>", 1)
-        tokenizer = self.llm.tokenizer
-        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        first = self._ids(before)
+        bos = self.llm.tokenizer.bos_token_id
+        if bos is not None and first[:1] != [bos]:  # chat templates may begin with it
+            first = [bos, *first]
         words = [
             self.llm.embed(torch.tensor(ids, dtype=torch.long, device=prompts.device)).expand(len(prompts), -1, -1)
-            for ids in (start + self._ids(before), self._ids(after))
+            for ids in (first, self._later_ids(after))
         ]
         return torch.cat([words[0], prompts.to(words[0].dtype), words[1]], dim=1)
 
@@ -134,10 +140,29 @@ class Splice:
         # After a template like "Name:" a word starts with a space, which belongs to its token.
         apart = "" if self.prompt.template[-1:].isspace() or self.prompt.template.endswith("<image>") else " "
         end = self.llm.tokenizer.eos_token_id
-        return self._ids(apart + answer) + ([end] if self.prompt.end and end is not None else [])
+        return self._later_ids(apart + answer) + ([end] if self.prompt.end and end is not None else [])
 
     def _ids(self, text: str) -> list[int]:
         return self.llm.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _later_ids(self, text: str) -> list[int]:
+        """Ids of a text that stands behind something: without the space that SentencePiece puts before a first word."""
+        behind = self._ids_behind_anchor(text) if text and self._adds_prefix else None
+        return self._ids(text) if behind is None else behind
+
+    def _ids_behind_anchor(self, text: str) -> list[int] | None:
+        """None where every anchor merges with the text or vanishes."""
+        for anchor in _ANCHORS:
+            head, whole = self._ids(anchor), self._ids(anchor + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        return None
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        """Whether a word at the start of a text has other ids than inside one; where not, texts are taken alone."""
+        behind = self._ids_behind_anchor("a")
+        return behind is not None and behind != self._ids("a")
 
 
 class VLM(nn.Module):
