@@ -128,6 +128,27 @@ def test_the_saved_architecture_rebuilds_the_encoder_without_its_reference(tmp_p
     assert torch.equal(again(random_pixels()), encoder(random_pixels()))
 
 
+def test_preprocessing_comes_from_the_reference_unless_it_is_set(tmp_path):
+    stock_model("siglip").save_pretrained(tmp_path)
+    config = HuggingFaceEncoderConfig(reference=str(tmp_path))
+    assert encoders.build(config).config.image == ImageConfig(size=SIDE)  # it states none: its own size
+
+    processor = transformers.SiglipImageProcessor(size={"height": 56, "width": 56}, resample=2)
+    processor.save_pretrained(tmp_path)
+    half = (0.5, 0.5, 0.5)
+    stated = ImageConfig(size=56, resample="bilinear", mean=half, std=half)
+    # a recipe that was written down and read again must not have grown a choice
+    for written in (config, HuggingFaceEncoderConfig.model_validate_json(config.model_dump_json())):
+        encoder = encoders.build(written)
+        assert encoder.config.image == stated
+        assert encoder.patches == 16
+    assert encoders.build(config.model_copy(update={"image": IMAGE})).config.image == IMAGE
+
+    saved = VPG(encoder, connectors.build(QFORMER, width_in=16, patches=16)).config.model_dump_json()
+    again = VPGConfig.model_validate_json(saved).encoder.model_copy(update={"reference": None})
+    assert encoders.build(again, load_weights=False).config.image == stated
+
+
 def test_the_weights_hash_notices_one_changed_value(tmp_path):
     stock_model("clip").save_pretrained(tmp_path)
     encoder = encoders.build(HuggingFaceEncoderConfig(reference=str(tmp_path), image=IMAGE))

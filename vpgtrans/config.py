@@ -94,6 +94,13 @@ class HuggingFaceEncoderConfig(Config):
     select: Literal["full", "patch"] = "full"
     """patch: drop the class (and register) tokens in front of the patch tokens (LLaVA)."""
     image: ImageConfig = ImageConfig()
+    """Left out: what the reference's preprocessor_config.json states, else CLIP's at the model's own size."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_an_unset_image(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Written down, the class's default would read as the user's choice.
+        fields = write(self)
+        return {key: value for key, value in fields.items() if key != "image" or key in self.model_fields_set}
 
 
 class EfficientNetLite0Config(Config):

@@ -4,6 +4,7 @@ An encoder is frozen when it is built, and what is frozen stays in eval mode thr
 """
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig
+from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig, ImageConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
 from vpgtrans.parts import load_strict, tensors_sha256
 from vpgtrans.references import file_sha256, resolve
+from vpgtrans.vision.preprocess import image_config_from
 from vpgtrans.vision.tensors import CheckpointTensors, load_vision_model
+
+_LOGGER = logging.getLogger(__name__)
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 """Of the ImageNet weights that the default reference of EfficientNet-Lite0 carries."""
@@ -155,7 +159,11 @@ class HuggingFaceEncoder(Encoder):
                 "transformer such as CLIP, SigLIP, DINOv2 or ViT"
             )
         architecture = {key: value for key, value in vision.to_diff_dict().items() if key not in _VOLATILE}
-        self.config = config.model_copy(update={"architecture": architecture})
+        taken: dict[str, Any] = {"architecture": architecture}
+        if "image" not in config.model_fields_set:
+            # Set from here on, so that what is saved opens alike without the reference.
+            taken["image"] = _stated_image(config, side)
+        self.config = config = config.model_copy(update=taken)
         self.model = _model_class(vision)(vision, **_without_pooling(vision))
         self.requires_grad_(False).eval()
         depth = vision.num_hidden_layers
@@ -255,6 +263,16 @@ def _vision_config(config: HuggingFaceEncoderConfig) -> PreTrainedConfig:
     if isinstance(vision, SiglipVisionConfig):
         vision.vision_use_head = False
     return vision
+
+
+def _stated_image(config: HuggingFaceEncoderConfig, side: int) -> ImageConfig:
+    """The preprocessing that the reference states; at the model's own size where it states none."""
+    stated = None
+    if config.reference is not None:
+        stated = image_config_from(_model_directory(config.reference, weights=False))
+        if stated is None:
+            _LOGGER.warning("%s states no preprocessing (preprocessor_config.json): taking CLIP's", config.reference)
+    return stated or ImageConfig(size=side)
 
 
 def _model_class(vision: PreTrainedConfig) -> Any:
