@@ -14,6 +14,7 @@ from tiny_training import SIDE, Pictures, build_vlm, make_models, make_recipe
 
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
 from vpgtrans.references import file_sha256
+from vpgtrans.runs.parts import open_source
 from vpgtrans.training.parts import set_trainable
 from vpgtrans.vlm import VLM
 from vpgtrans.vlm_directory import load_vision, load_vlm, read_manifest, save_vlm
@@ -127,6 +128,10 @@ def test_an_llm_that_was_trained_in_full_is_carried(root, tmp_path):
     directory = save(vlm, tmp_path / "vlm", llm_trained=True)
     again = load_vlm(str(directory), dtype=torch.float32)
     assert torch.equal(losses(again), losses(vlm))
+    words = open_source(str(directory), seed=0).words
+    assert words is not None
+    assert torch.equal(words().matrix, again.llm.embed(torch.arange(len(words().matrix))))
+    assert words().fingerprint.embeddings_sha256 != vlm.llm.fingerprint.embeddings_sha256
 
 
 def test_load_vision_opens_no_llm(root, saved, tmp_path, monkeypatch):
@@ -152,7 +157,7 @@ def test_saving_again_replaces_the_directory_whole(root, tmp_path):
 
 FILES = [
     "encoder/config.json", "connector/config.json", "connector/model.safetensors", "projector/config.json",
-    "projector/model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "README.md",
+    "projector/model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
 ]  # fmt: skip
 
 
@@ -171,6 +176,16 @@ def test_an_extra_file_is_named(copy):
     (copy / "projector/other.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"projector/other\.bin is not in the manifest"):
         load_vlm(str(copy))
+
+
+def test_strays_and_an_edited_card_do_no_harm(copy):
+    (copy / "README.md").write_text("# Another card\n")
+    for name in (".DS_Store", ".gitattributes", "LICENSE", ".cache/huggingface/download/a.lock", "projector/.DS_Store"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    assert read_manifest(copy)["format_version"] == 1
+    (copy / "README.md").unlink()
+    read_manifest(copy)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}'])

@@ -9,7 +9,7 @@ README.md                          the model card
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from vpgtrans.adapters import base_state, open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
-from vpgtrans.llm import Fingerprint, open_llm
+from vpgtrans.llm import Fingerprint, embeddings_sha256, open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
 from vpgtrans.references import Resolved, file_sha256, resolve
@@ -109,7 +109,7 @@ def save_vlm(
             str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
             for path in files
         },
-        "llm": vlm.llm.fingerprint.to_json() | {"trained": llm_trained, "adapter": adapted},
+        "llm": _fingerprint(vlm, trained=llm_trained).to_json() | {"trained": llm_trained, "adapter": adapted},
         "visual_tokens": vlm.vpg.tokens,
         "prompt": vlm.prompt.model_dump(mode="json"),
         "lineage": lineage,
@@ -118,6 +118,14 @@ def save_vlm(
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     return directory
+
+
+def _fingerprint(vlm: VLM, *, trained: bool) -> Fingerprint:
+    """Of the LLM as it is written: where it was trained in full, its table is no longer the reference's."""
+    if not trained:
+        return vlm.llm.fingerprint
+    table = vlm.language_model.get_input_embeddings().weight
+    return replace(vlm.llm.fingerprint, embeddings_sha256=embeddings_sha256(table))
 
 
 def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
@@ -206,10 +214,12 @@ def check_base(expected: Fingerprint, found: Fingerprint, *, where: str) -> None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after every file's presence, size and hash were checked.
+    """The manifest, after presence, size and hash of every part's files were checked.
+
+    Cards, dotfiles and what else lies beside the parts (.gitattributes, a licence) may come, go and change.
 
     Raises:
-        CheckpointError: naming the files that are missing, extra or altered.
+        CheckpointError: naming the parts' files that are missing, extra or altered.
     """
     path = directory / MANIFEST
     try:
@@ -220,16 +230,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}; this vpgtrans reads version {FORMAT_VERSION}")
-    present = {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} - {MANIFEST}
-    problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
-    for name in sorted(present & files.keys()):
+    expected = {name for name in files if _in_part(Path(name))}
+    relative = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    present = {path.as_posix() for path in relative if _in_part(path)}
+    problems = [f"{name} is missing" for name in sorted(expected - present)]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - expected)]
+    for name in sorted(present & expected):
         file = directory / name
         if file.stat().st_size != files[name]["size"] or file_sha256(file) != files[name]["sha256"]:
             problems.append(f"{name} was altered (its size or sha256 is not the manifest's)")
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
     return manifest
+
+
+def _in_part(path: Path) -> bool:
+    """Whether a file, by its path below the VLM directory, is a part's config or weights."""
+    hidden = any(name.startswith(".") for name in path.parts)
+    return len(path.parts) > 1 and not hidden and path.name != "README.md"
 
 
 def _vlm_directory(reference: str) -> Resolved:

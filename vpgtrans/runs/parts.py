@@ -56,7 +56,9 @@ def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
         llm = vision.fingerprint.reference
 
         def words() -> WordEmbeddings:
-            read = read_embeddings(llm)
+            # an LLM that was trained in full has words of its own, which lie beside the VPG
+            trained = vision.manifest["llm"]["trained"]
+            read = read_embeddings(str(found.path / "llm") if trained else llm)
             check_base(vision.fingerprint, read.fingerprint, where=vpg)
             return read
 
