@@ -200,6 +200,26 @@ def test_a_local_directory_comes_before_the_hub(monkeypatch, tmp_path):
     assert references.resolve("org/repo").path == Path("org/repo")
 
 
+def test_only_a_local_path_is_written_down_as_another(monkeypatch, tmp_path):
+    (tmp_path / "org" / "repo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert references.portable("org/repo") == str(tmp_path / "org" / "repo")
+    for reference in ("pip:org", "hf:org/repo", "registry:org@1", "org/other", str(tmp_path / "org"), "a\0b"):
+        assert references.portable(reference) == reference
+
+
+def test_the_same_weights_a_second_time_are_not_downloaded(hub):
+    hub.files |= {"consolidated.safetensors", "original/consolidated.safetensors", "adapter_model.safetensors"}
+    references.resolve("org/repo")
+    assert hub.here == (TEXTS - UNASKED) | INDEXES | SHARDS
+
+
+def test_a_vlm_directory_on_the_hub_is_downloaded_with_all_its_parts(hub):
+    hub.files = {"manifest.json", "connector/model.safetensors", "adapter/adapter_model.safetensors"}
+    assert references.resolve("org/repo").kind == "vlm"
+    assert hub.here == hub.files
+
+
 # --- distributions ------------------------------------------------------------------------------
 
 

@@ -157,6 +157,21 @@ def resolve(reference: str, *, weights: bool = True) -> Resolved:
     )
 
 
+def portable(reference: str) -> str:
+    """The reference as it may be written into files that are read from other working directories.
+
+    A path that exists here becomes absolute: elsewhere it would name nothing, or a repository of the hub.
+    """
+    try:
+        path = Path(os.path.expanduser(reference))
+        exists = path.exists()
+    except (OSError, ValueError):
+        return reference
+    scheme, colon, _ = reference.partition(":")
+    # `resolve` looks at the scheme first, whatever files lie here
+    return reference if (colon and scheme in ("hf", "pip", "registry")) or not exists else str(path.absolute())
+
+
 def _classify(reference: str, directory: Path) -> tuple[Kind, Path]:
     """What a directory is: a VLM, a run (its vlm/), a Hugging Face model, or the place of one GGUF file."""
     if (directory / "manifest.json").is_file():
@@ -205,7 +220,7 @@ def _resolve_registry(reference: str, name: str) -> Resolved:
 
 # What opening a model needs besides weights, then the weights by preference: no second format is downloaded.
 _TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "*.yaml"]
-_WEIGHT_FORMATS = (".safetensors", ".bin")
+_WEIGHT_FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 
 def _resolve_hub(reference: str, name: str, *, weights: bool, tried: str = "") -> Resolved:
@@ -248,14 +263,18 @@ def _download_weights(reference: str, repo: str, snapshot: Path) -> None:
     """Complete a snapshot that holds the texts. Raises ReferenceError_ where weights are missing afterwards."""
     import huggingface_hub
 
-    for suffix in _WEIGHT_FORMATS:
-        huggingface_hub.snapshot_download(repo, revision=snapshot.name, allow_patterns=[f"*{suffix}"])
+    ours = (snapshot / "manifest.json").is_file() or (snapshot / "vlm" / "manifest.json").is_file()
+    for stem, suffix in _WEIGHT_FORMATS:
+        index = snapshot / f"{stem}{suffix}.index.json"
+        # A repository may hold the same weights twice (consolidated.safetensors): only what transformers reads.
+        names = [f"*{suffix}"] if ours else _shards(index) if index.is_file() else [f"{stem}{suffix}"]
+        huggingface_hub.snapshot_download(repo, revision=snapshot.name, allow_patterns=names)
         # Out of the hub's reach a download may return what lies here already, so it is looked at.
-        if any(snapshot.rglob(f"*{suffix}")):
-            missing = _missing_shards(snapshot, suffix)
+        if any(snapshot.rglob(f"*{suffix}")) if ours else any((snapshot / name).is_file() for name in names):
+            missing = [] if ours else [name for name in names if not (snapshot / name).is_file()]
             break
     else:
-        missing = [f"any *{suffix}" for suffix in _WEIGHT_FORMATS]
+        missing = [f"any *{suffix}" for _, suffix in _WEIGHT_FORMATS]
     if missing:
         raise ReferenceError_(
             f"{reference}: this machine's copy of {repo} lacks {', '.join(missing[:8])}. If the hub has it, run "
@@ -264,16 +283,12 @@ def _download_weights(reference: str, repo: str, snapshot: Path) -> None:
         )
 
 
-def _missing_shards(snapshot: Path, suffix: str) -> list[str]:
-    """The files that the snapshot's index of shards names and that are not there."""
-    missing: set[str] = set()
-    for index in snapshot.glob(f"*{suffix}.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{index}: not an index of shards: {error!r}") from error
-        missing |= {shard for shard in shards if not (snapshot / shard).is_file()}
-    return sorted(missing)
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{index}: not an index of shards: {error!r}") from error
 
 
 def _root_cause(error: BaseException) -> str:
