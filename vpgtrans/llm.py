@@ -25,7 +25,7 @@ from vpgtrans import gguf_files
 from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
 from vpgtrans.parts import tensor_bytes
-from vpgtrans.references import Resolved, resolve
+from vpgtrans.references import Resolved, portable, resolve
 
 log = logging.getLogger(__name__)
 
@@ -352,7 +352,7 @@ def _fingerprint(found: Resolved, architecture: str, config: Any, tokenizer: Any
     if len(tokenizer) > rows:
         log.warning("%s: the tokenizer has %d tokens, the table %d rows", found.reference, len(tokenizer), rows)
     return Fingerprint(
-        reference=found.reference,
+        reference=portable(found.reference),
         revision=found.revision,
         architecture=architecture,
         width=width,

@@ -24,7 +24,7 @@ from transformers import (
 from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig, ImageConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
 from vpgtrans.parts import load_strict, tensors_sha256
-from vpgtrans.references import file_sha256, resolve
+from vpgtrans.references import file_sha256, portable, resolve
 from vpgtrans.vision.preprocess import image_config_from
 from vpgtrans.vision.tensors import CheckpointTensors, load_vision_model
 
@@ -160,6 +160,8 @@ class HuggingFaceEncoder(Encoder):
             )
         architecture = {key: value for key, value in vision.to_diff_dict().items() if key not in _VOLATILE}
         taken: dict[str, Any] = {"architecture": architecture}
+        if config.reference is not None:
+            taken["reference"] = portable(config.reference)
         if "image" not in config.model_fields_set:
             # Set from here on, so that what is saved opens alike without the reference.
             taken["image"] = _stated_image(config, side)

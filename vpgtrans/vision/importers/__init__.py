@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vpgtrans.errors import ReferenceError_
 from vpgtrans.parts import read_object
+from vpgtrans.references import portable
 from vpgtrans.vision.encoders import open_config
 from vpgtrans.vision.importers import blip2, llava
 from vpgtrans.vision.importers.source import ImportedSource
@@ -46,4 +47,4 @@ def import_source(path: str | Path, *, reference: str | None = None) -> Imported
     """
     directory = Path(path)
     model_type = importable(directory)
-    return _IMPORTERS[model_type](directory, open_config(directory), reference=reference or str(directory))
+    return _IMPORTERS[model_type](directory, open_config(directory), reference=portable(reference or str(directory)))
