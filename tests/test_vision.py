@@ -149,6 +149,17 @@ def test_preprocessing_comes_from_the_reference_unless_it_is_set(tmp_path):
     assert encoders.build(again, load_weights=False).config.image == stated
 
 
+def test_an_encoder_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own-kind", "auto_map": {"AutoConfig": "configuration_own.Own"}})
+    )
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "n")
+    with pytest.raises(ReferenceError_, match=r"config\.json"):
+        encoders.open_config(tmp_path)
+    assert not asked
+
+
 def test_the_weights_hash_notices_one_changed_value(tmp_path):
     stock_model("clip").save_pretrained(tmp_path)
     encoder = encoders.build(HuggingFaceEncoderConfig(reference=str(tmp_path), image=IMAGE))

@@ -21,12 +21,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vpgtrans.checkpoint_files import CheckpointFiles, read_pickle
 from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig, ImageConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
 from vpgtrans.parts import load_strict, tensors_sha256
 from vpgtrans.references import file_sha256, portable, resolve
 from vpgtrans.vision.preprocess import image_config_from
-from vpgtrans.vision.tensors import CheckpointTensors, load_vision_model
+from vpgtrans.vision.tensors import load_vision_model
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class EfficientNetLite0(Encoder):
         path = _weights_file(self.config.reference)
         if self.config.reference == EfficientNetLite0Config().reference and file_sha256(path) != LITE0_SHA256:
             raise IntegrityError(f"{path}: its sha256 differs from that of EfficientNet-Lite0's weights {LITE0_SHA256}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_pickle(path)
         kept = {name: tensor for name, tensor in state.items() if name not in ("_fc.weight", "_fc.bias")}
         load_strict(self.model, kept, where=str(path))
         self.reference_sha256 = self.weights_sha256()
@@ -205,7 +206,7 @@ class HuggingFaceEncoder(Encoder):
         """Load the vision model out of a transformers checkpoint, also a composite one, in float32."""
         whole = open_config(directory)
         if whole.model_type in COMPOSITE:
-            tensors = CheckpointTensors(directory)
+            tensors = CheckpointFiles(directory)
             unused = (SIGLIP_POOLER,) if isinstance(self.model.config, SiglipVisionConfig) else ()
             load_vision_model(self.model, tensors, prefixes=COMPOSITE[whole.model_type], unused=unused)
         else:
@@ -241,7 +242,10 @@ def build(config: EncoderConfig, *, load_weights: bool = True) -> Encoder:
 def open_config(directory: Path) -> PreTrainedConfig:
     """The transformers config of a checkpoint directory. Raises ReferenceError_ where transformers can't read it."""
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(
+            directory,
+            trust_remote_code=False,  # None would ask, on the terminal
+        )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ReferenceError_(f"{directory}/config.json: not a config that transformers knows ({error})") from error
 
