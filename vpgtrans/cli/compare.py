@@ -72,6 +72,11 @@ def command(
         console.print_json(result)
         return
     console.print_rows(rows(result), title=f"{checked.name}: validation loss and speed-up over scratch")
+    console.print_pairs(result["definitions"], title="what the arms are")
+    for name in ("report.html", "curves.png"):
+        path = (output or Path("runs") / checked.name) / name
+        if path.exists():
+            click.echo(f"{path.stem}: {path}")
 
 
 def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -80,6 +85,7 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, arm in summary["arms"].items():
         losses = [loss for loss in arm["val_loss"] if loss is not None]
         speedup = summary.get("speedup", {}).get(name) or {}
+        over_inherit = summary.get("speedup_over_inherit", {}).get(name) or {}
         table.append(
             {
                 "arm": name,
@@ -88,6 +94,7 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "speed-up (median)": speedup.get("median"),
                 "min": speedup.get("min"),
                 "max": speedup.get("max"),
+                "over inherit": over_inherit.get("median"),
             }
         )
     return table
