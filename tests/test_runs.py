@@ -356,7 +356,9 @@ def test_probe_scores_every_initialiser_and_marks_one(tiny: Tiny, tmp_path: Path
     recipe = tiny.transfer_recipe(initialiser="inherit")  # whatever the recipe takes, the table has all
     rows = runs.probe(recipe, output=tmp_path / "table", device="cpu")
     assert read(tmp_path / "table" / "initialisers.json") == rows
-    assert {row["kind"] for row in rows} == {"converter", "caption-fit", "inherit"}
+    assert {row["kind"] for row in rows} == {"converter", "caption-fit", "inherit", "random"}
+    assert any(row["name"].startswith("omp") for row in rows)
+    assert any(row["name"].startswith("sgd") for row in rows)
     assert sum(row["chosen"] for row in rows) == 1
     for row in rows:
         assert row["step0_loss"] > 0

@@ -15,7 +15,7 @@ from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe
 from vpgtrans.references import resolve
 from vpgtrans.runs.parts import check_references, check_widths, open_mixture, open_source, pick_device, readable
-from vpgtrans.runs.start import prepare, score_candidates
+from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.vision.importers import importable
 from vpgtrans.vlm_directory import load_vision, load_vlm
 
@@ -93,7 +93,8 @@ def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -
     source = open_source(recipe.source.vpg, seed=recipe.seed)
     prepared = prepare(recipe, device=where, source=source, train=train)
     choice = score_candidates(recipe, prepared, validation)
-    rows = [row.to_json() for row in choice.rows]
+    others = score_others(recipe, prepared, train=train, validation=validation)
+    rows = [row.to_json() for row in [*choice.rows, *others]]
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)

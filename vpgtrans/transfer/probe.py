@@ -82,7 +82,7 @@ class Choice:
 
 
 def default_candidates(config: InitialiserConfig, context: Context) -> list[InitialiserConfig]:
-    """What `auto` and the probe try: all closed-form kinds that the context allows, `config`'s settings kept."""
+    """What `auto` tries: all closed-form kinds that the context allows, `config`'s settings kept."""
 
     def variant(**changes: Any) -> InitialiserConfig:
         return config.model_copy(update=changes)
@@ -103,6 +103,14 @@ def default_candidates(config: InitialiserConfig, context: Context) -> list[Init
     return candidates
 
 
+def slow_candidates(config: InitialiserConfig, context: Context) -> list[InitialiserConfig]:
+    """What the probe table has besides, too slow for `auto` unless `config` names it: omp and the sgd baseline."""
+    if context.projector is None or context.source is None:
+        return []
+    names = [name for name in ("omp", "sgd") if name != config.fit]
+    return [config.model_copy(update={"kind": "converter", "fit": name}) for name in names]
+
+
 def probe(
     candidates: Sequence[InitialiserConfig], context: Context, *, scoring: Scoring | None = None
 ) -> list[tuple[ProbeRow, Initialisation]]:
@@ -115,6 +123,8 @@ def probe(
     fits = _Fits(context, scoring.copy_test) if context.source is not None else None
     results = []
     for config in candidates:
+        if config.kind == "converter" and config.fit in ("omp", "sgd"):
+            log.info("%s: fitted twice, which may take minutes where tables are large", config.fit)
         row, made = _score(config, context, scoring, fits)
         results.append((row, made))
         log.info("%s: %s", row.name, row.note or f"copy gap {row.copy_gap_recovered}, image gap {row.image_gap}")
