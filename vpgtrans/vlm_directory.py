@@ -124,7 +124,8 @@ def _fingerprint(vlm: VLM, *, trained: bool) -> Fingerprint:
     """Of the LLM as it is written: where it was trained in full, its table is no longer the reference's."""
     if not trained:
         return vlm.llm.fingerprint
-    table = vlm.language_model.get_input_embeddings().weight
+    model: Any = vlm.language_model
+    table = model.get_input_embeddings().weight
     return replace(vlm.llm.fingerprint, embeddings_sha256=embeddings_sha256(table))
 
 
