@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import Blip2Config, PreTrainedConfig
 
+from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.config import HuggingFaceEncoderConfig, ImageConfig, ProjectorConfig, QFormerConnectorConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.parts import load_strict
@@ -11,7 +12,7 @@ from vpgtrans.projector import Projector
 from vpgtrans.vision.connectors import QFormer
 from vpgtrans.vision.encoders import HuggingFaceEncoder
 from vpgtrans.vision.importers.source import ImportedSource, image_config, prompt_config
-from vpgtrans.vision.tensors import CheckpointTensors, drop_obsolete
+from vpgtrans.vision.tensors import drop_obsolete
 from vpgtrans.vision.vpg import VPG
 
 DEFAULT_PROMPT = "<image>"
@@ -54,7 +55,7 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
     )
     projector = Projector(ProjectorConfig(norm=False), qformer.hidden_size, config.text_config.hidden_size)
 
-    tensors = CheckpointTensors(directory)
+    tensors = CheckpointFiles(directory)
     where = str(directory)
     state = {f"qformer.{name}": t for name, t in tensors.under(["qformer.", "model.qformer."]).items()}
     drop_obsolete(state, connector.state_dict())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import LlavaConfig, PreTrainedConfig
 
+from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.config import HuggingFaceEncoderConfig, IdentityConnectorConfig, ImageConfig, ProjectorConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.parts import load_strict
@@ -11,7 +12,6 @@ from vpgtrans.projector import Projector
 from vpgtrans.vision.connectors import Identity
 from vpgtrans.vision.encoders import HuggingFaceEncoder
 from vpgtrans.vision.importers.source import ImportedSource, image_config, prompt_config
-from vpgtrans.vision.tensors import CheckpointTensors
 from vpgtrans.vision.vpg import VPG
 
 DEFAULT_PROMPT = "USER: <image>\nASSISTANT:"
@@ -57,7 +57,7 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
         width,
     )
 
-    tensors = CheckpointTensors(directory)
+    tensors = CheckpointFiles(directory)
     projection = tensors.under(["multi_modal_projector.", "model.multi_modal_projector."])
     load_strict(projector, {_translated(name): t for name, t in projection.items()}, where=str(directory))
     return ImportedSource(
