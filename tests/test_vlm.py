@@ -121,13 +121,14 @@ def test_the_head_runs_at_answer_positions_only(path):
     splice = Splice(llm, PromptConfig())
     seen: list[torch.Size] = []
     head = llm.model.get_output_embeddings()
+    before = dict(head._forward_pre_hooks)
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     nll, _ = splice.token_nll(random_prompts(llm), ANSWERS)
     handle.remove()
     tokens = sum(splice.answer_length(answer) for answer in ANSWERS)
     assert seen == [torch.Size([1, tokens, head.out_features])]
     assert len(nll) == tokens
-    assert not head._forward_pre_hooks  # nothing stays behind
+    assert head._forward_pre_hooks == before  # nothing stays behind
 
 
 def test_head_only_at_is_undone_after_an_error(path):

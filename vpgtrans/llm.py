@@ -204,6 +204,7 @@ def open_llm(
         unexpected = sorted(info["unexpected_keys"])
         log.warning("%s: %d tensors that the model doesn't use, e.g. %s", reference, len(unexpected), unexpected[0])
     model = model.to(device).eval().requires_grad_(False)
+    _fold_head(model)
     tokenizer = _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
     weight = model.get_input_embeddings().weight
     fingerprint = _fingerprint(found, type(model).__name__, text, tokenizer, weight)
@@ -212,6 +213,18 @@ def open_llm(
         _verify_causal(llm)
         _verify_inputs_embeds(llm)
     return llm
+
+
+def _fold_head(model: Any) -> None:
+    """Have the output head's input contiguous.
+
+    `logits_to_keep`, which `generate` uses too, hands the head a slice [B, n, d]. Torch multiplies one that is not
+    contiguous as a batch, for which it repeats the head's weight B times on a CPU: gigabytes and most of the time where
+    a vocabulary is large.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(), *arguments[1:]))
 
 
 def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
