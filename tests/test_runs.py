@@ -1,6 +1,8 @@
 """The verbs on tiny models: what `transfer`, `compare`, `probe`, `evaluate`, `caption` and `validate` really do."""
 
+import gc
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tiny import tiny_llm
 from tiny_runs import WARMUP, Tiny, source_keys, write_captions
 from tiny_vlms import tiny_blip2
 
@@ -220,6 +224,43 @@ def test_metrics_count_every_reference_of_an_image(tiny: Tiny, tmp_path: Path, m
     data = tiny.data() | {"validation": [{"dataset": str(several)}]}
     runs.transfer(tiny.transfer_recipe(data=data, stages=[WARMUP]), output=tmp_path / "run", device="cpu")
     assert given_ == [both[:4]]
+
+
+@pytest.mark.parametrize("verb", ["transfer", "compare"])
+@pytest.mark.parametrize("kind", ["converter", "auto"])
+def test_nothing_holds_the_embedding_tables_while_it_trains(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, kind: str
+) -> None:
+    """Gemma's is scaled, so its table is a copy of the model's own."""
+    module = importlib.import_module(f"vpgtrans.runs.{'journey' if verb == 'transfer' else 'compare'}")
+    target = tiny_llm("gemma3", tmp_path / "gemma3", width=48, seed=2)
+    tables: list[tuple[weakref.ref[torch.Tensor], int]] = []
+    prepare, run_stages = module.prepare, module.run_stages
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        prepared = prepare(*arguments, **options)
+        tables[:] = [(weakref.ref(words.matrix), words.matrix.data_ptr())
+                     for words in (prepared.context.source, prepared.context.target)]  # fmt: skip
+        return prepared
+
+    def look(vlm: Any, *arguments: Any, **options: Any) -> Any:
+        assert len(tables) == 2
+        assert [table() for table, _ in tables] == [None, None]
+        shape, pointers = (vlm.llm.fingerprint.vocabulary, vlm.llm.width), {pointer for _, pointer in tables}
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+        assert not [item for item in tensors if tuple(item.shape) == shape and item.data_ptr() in pointers]
+        looked.append(1)
+        return run_stages(vlm, *arguments, **options)
+
+    looked: list[int] = []
+    monkeypatch.setattr(module, "prepare", note)
+    monkeypatch.setattr(module, "run_stages", look)
+    recipe = tiny.transfer_recipe(target={"llm": str(target)}, initialiser={"kind": kind}, stages=[WARMUP])
+    if verb == "transfer":
+        runs.transfer(recipe, output=tmp_path / "run", device="cpu")
+    else:
+        runs.compare(recipe, arms=["transfer"], seeds=1, output=tmp_path / "run", device="cpu")
+    assert looked == [1]
 
 
 # --- interruption -------------------------------------------------------------------------------

@@ -284,7 +284,10 @@ def embeddings_of(llm: LanguageModel, *, trust_remote_code: bool = False) -> Wor
 
 
 def _looked_up(layer: nn.Module, weight: Tensor, config: Any) -> Tensor:
-    """Every row through the layer: weight [V, d] -> float32 [V, d]."""
+    """Every row through the layer: weight [V, d] -> float32 [V, d], the weight itself where it is that already."""
+    kind = config.get_text_config().model_type
+    if type(layer) is nn.Embedding and layer.max_norm is None and kind not in _SCALE_OUTSIDE_LAYER:
+        return weight.to(torch.float32)
     # a copy, then in place: every row depends on itself alone, and a table may take gigabytes
     matrix = weight.to(torch.float32, copy=True)
     layer.weight = nn.Parameter(matrix, requires_grad=False)

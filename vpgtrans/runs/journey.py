@@ -88,6 +88,7 @@ def _journey(
         describe(recipe, prepared)
         return path
     start = begin(recipe, prepared, validation)
+    del prepared  # the embedding tables of both LLMs: gigabytes that training has no use for
     vlm = start.vlm
     run = create_run(recipe, path, resume=resume)
     run.write("initialisers.json", start.table)
