@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from vpgtrans.config import PromptConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
+from vpgtrans.token_loss import token_nll
 from vpgtrans.vision.preprocess import open_image
 from vpgtrans.vision.vpg import VPG
 
@@ -101,7 +101,7 @@ class Splice:
             logits = self.llm.model(
                 inputs_embeds=batch.embeddings, attention_mask=batch.attention_mask, use_cache=False
             ).logits
-        return F.cross_entropy(logits[0].float(), batch.targets, reduction="none"), batch.rows
+        return token_nll(logits[0], batch.targets), batch.rows
 
     @torch.no_grad()
     def caption_nll(self, prompts: Tensor, captions: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
