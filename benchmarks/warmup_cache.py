@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,7 +110,7 @@ class Clock(Timeline):
     def training(self) -> tuple[float, dict[str, float]]:
         """Seconds of the updates alone, and of the pieces in them: from the line before each update to its own."""
         seconds, pieces = 0.0, dict.fromkeys(PIECES, 0.0)
-        for before, line in zip(self.lines, self.lines[1:], strict=False):
+        for before, line in pairwise(self.lines):
             if "val_loss" in line:
                 continue
             seconds += line["seconds"] - before["seconds"]

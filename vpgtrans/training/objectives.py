@@ -6,6 +6,7 @@ no pass through the LLM, so it costs a hundredth; and prompts that lie among wor
 carry to another LLM. It serves as a cheap first stage for a new VPG, or beside `caption` to keep prompts readable.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,16 +25,16 @@ FILLER_WEIGHT = 0.1
 """Prompts beyond the caption's end are drawn to the line break, weakly."""
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A loss on visual prompts, summed over a batch, so that micro-batches add up."""
 
+    @abstractmethod
     def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
         """Prompts [B, T, d_llm], B captions -> the summed loss, and how many terms it sums."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
         """What the sum over `captions` with `visual` prompts each is divided by."""
-        raise NotImplementedError
 
 
 class CaptionObjective(Objective):

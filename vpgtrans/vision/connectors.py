@@ -1,5 +1,7 @@
 """Connectors: patch features [B, N, d_enc] -> visual tokens [B, T, d_vpg]."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
@@ -16,7 +18,7 @@ INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
 
 
-class Connector(nn.Module):
+class Connector(nn.Module, ABC):
     """Base class.
 
     Attributes:
@@ -30,9 +32,9 @@ class Connector(nn.Module):
         self.config = config
         self.width_in, self.patches, self.width, self.tokens = width_in, patches, width, tokens
 
+    @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, N, d_enc] -> visual tokens [B, T, d_vpg]."""
-        raise NotImplementedError
 
 
 class QueryConnector(Connector):
