@@ -213,6 +213,17 @@ def test_efficientnet_lite0_gives_the_features_of_its_own_package():
     # a coarser map is repeated: 5 x 5 -> 10 x 10
     torch.testing.assert_close(grid[:, 152:], expected.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
+    folded = encoders.build(EfficientNetLite0Config(levels=(-1, 10, 4), fold=2))
+    features = folded(pixels)
+    assert features.shape == (2, 25, folded.width) == (2, 25, 1280 + 4 * 112 + 4 * 40)
+    grid = features.transpose(1, 2).reshape(2, -1, 5, 5)
+    torch.testing.assert_close(grid[:, :1280], expected)  # as fine as the grid: nothing to fold
+    corners = grid[:, 1280 : 1280 + 4 * 112].reshape(2, 112, 2, 2, 5, 5)
+    torch.testing.assert_close(corners[:, :, 1, 0], maps[10][:, :, 1::2, 0::2])
+    torch.testing.assert_close(
+        grid[:, -160:].reshape(2, 40, 4, 5, 5).mean(2), torch.nn.functional.avg_pool2d(maps[4], 4)
+    )
+
 
 @pytest.mark.real
 def test_efficientnet_lite0_has_the_hash_that_the_committed_checkpoint_names():

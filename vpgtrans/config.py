@@ -113,6 +113,8 @@ class EfficientNetLite0Config(Config):
     )
     levels: tuple[int, ...] = (-1,)
     """Feature maps taken, by block index; -1 is the head's 1,280 channels. Each is laid out as patches [h*w, c]."""
+    fold: PositiveInt = 1
+    """How many pixels a side of a finer map lie side by side as channels of one patch, instead of being averaged."""
 
 
 EncoderConfig = Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]

@@ -5,6 +5,7 @@ An encoder is frozen when it is built, and what is frozen stays in eval mode thr
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Fields of a transformers config that say nothing about the architecture."""
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base class.
 
     Attributes:
@@ -61,9 +62,9 @@ class Encoder(nn.Module):
     patches: int
     reference_sha256: str | None = None
 
+    @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> features [B, N, d_enc] in the encoder's dtype."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +90,8 @@ class EfficientNetLite0(Encoder):
     `levels` names the feature maps: -1 is the head (1,280 channels, stride 32), 0 to 15 are block outputs (blocks 0,
     2, 4, 10 and 15 are the last at strides 2, 4, 8, 16 and 32). All are brought to the grid of the level named first,
     by adaptive average pooling (which repeats pixels where a map is coarser), and laid side by side as channels.
+    With `fold` k a map that is at least k times as fine is averaged to a k times finer grid, whose k x k pixels become
+    channels (a pixel unshuffle): details at no more patches.
     """
 
     config: EfficientNetLite0Config
@@ -126,7 +129,11 @@ class EfficientNetLite0(Encoder):
         if -1 in levels:
             maps[-1] = model._swish(model._bn1(model._conv_head(x)))
         height, width = maps[levels[0]].shape[-2:]
-        pooled = [F.adaptive_avg_pool2d(maps[level], (height, width)) for level in levels]
+        pooled = []
+        for level in levels:
+            fold = self.config.fold if maps[level].shape[-1] >= self.config.fold * width else 1
+            finer = F.adaptive_avg_pool2d(maps[level], (height * fold, width * fold))
+            pooled.append(F.pixel_unshuffle(finer, fold))
         return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
 
     def load_reference(self) -> None:
