@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import WARMUP, Tiny
+from tiny_runs import WARMUP, Tiny, source_keys
 
 from vpgtrans import runs
 from vpgtrans.errors import OutputError, RecipeError
-from vpgtrans.recipe import CompareConfig, Recipe, load_recipe
+from vpgtrans.recipe import CompareConfig, Recipe, load_recipe, parse_recipe
 from vpgtrans.runs.compare import arm_recipe, speedups
 from vpgtrans.training.samples import Samples
 
@@ -188,6 +188,20 @@ def test_scratch_has_a_connector_of_its_own(tiny: Tiny) -> None:
     assert fresh.encoder is source.vpg.encoder
     for name, tensor in fresh.connector.state_dict().items():
         assert torch.equal(tensor, again.connector.state_dict()[name])
+
+
+def test_scratch_keeps_what_was_measured_of_the_encoder(tiny: Tiny, tmp_path: Path) -> None:
+    from vpgtrans.runs.parts import fresh_connector, open_source
+
+    keys = source_keys(tiny.encoder, tiny.source_llm, tiny.data())
+    keys["source"]["vpg"]["connector"] = keys["source"]["vpg"]["connector"] | {"standardised": True}
+    runs.train(parse_recipe(keys), output=tmp_path / "source", device="cpu")
+    trained = open_source(str(tmp_path / "source"), seed=0).vpg
+    fresh = fresh_connector(trained, seed=0)
+    for name in ("mean", "deviation"):
+        assert trained.connector.get_buffer(name).std() > 0
+        assert torch.equal(fresh.connector.get_buffer(name), trained.connector.get_buffer(name))
+    assert not torch.equal(fresh.connector.queries, trained.connector.queries)
 
 
 def test_compare_names_what_it_can_not_compare(tiny: Tiny, tmp_path: Path) -> None:

@@ -343,6 +343,24 @@ def test_connectors_use_every_parameter_and_tell_images_apart(config):
     )
 
 
+@pytest.mark.parametrize("config", [QFORMER, RESAMPLER], ids=["qformer", "resampler"])
+def test_a_standardised_connector_brings_channels_of_any_scale_to_one(config):
+    torch.manual_seed(0)
+    plain = connectors.build(config, width_in=10, patches=5).eval()
+    measured = connectors.build(config.model_copy(update={"standardised": True}), width_in=10, patches=5).eval()
+    measured.load_state_dict(plain.state_dict(), strict=False)
+    unscaled = torch.randn(40, 5, 10)
+    features = unscaled * torch.logspace(-2, 2, 10) + 100
+    assert torch.equal(measured(unscaled), plain(unscaled))  # before it has measured anything
+    measured.measure(features)
+    expected = (unscaled - unscaled.mean((0, 1))) / unscaled.flatten(0, 1).std(0)
+    torch.testing.assert_close(measured(features), plain(expected), rtol=1e-3, atol=1e-3)
+    assert set(measured.state_dict()) - set(plain.state_dict()) == {"mean", "deviation"}
+    # in half precision the subtraction comes first: 100 ± 0.01 would be one number
+    halved = measured.to(torch.bfloat16).placed(features)
+    assert halved[..., 0].std() > 0.5
+
+
 def test_a_resampler_layer_follows_the_formula():
     torch.manual_seed(0)
     layer = connectors.ResamplerLayer(ResamplerConnectorConfig(width=8, heads=1, hidden=12)).double().eval()

@@ -136,6 +136,9 @@ class QFormerConnectorConfig(Config):
     layer_norm_eps: PositiveFloat = 1e-12
     positions: bool = False
     """Add a learned position to every patch: for encoders whose features carry none (a CNN). Off in BLIP-2."""
+    standardised: bool = False
+    """Bring every channel of the patches to mean 0 and deviation 1 over training images, measured once, when a VPG is
+    built: for encoders whose maps differ in scale."""
 
 
 class ResamplerConnectorConfig(Config):
@@ -149,6 +152,7 @@ class ResamplerConnectorConfig(Config):
     hidden: PositiveInt = 3072
     dropout: NonNegativeFloat = 0.0
     positions: bool = False
+    standardised: bool = False
 
 
 class IdentityConnectorConfig(Config):

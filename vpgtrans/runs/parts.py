@@ -21,6 +21,7 @@ from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import resolve
 from vpgtrans.vision import connectors
+from vpgtrans.vision.connectors import QueryConnector
 from vpgtrans.vision.importers import import_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm_directory import check_base, load_vision
@@ -75,10 +76,15 @@ def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
 
 
 def fresh_connector(vpg: VPG, *, seed: int) -> VPG:
-    """The same encoder with a connector of the same shape and random weights: what `scratch` starts from."""
+    """The same encoder with a connector of the same shape and random weights: what `scratch` starts from.
+
+    What was measured of the encoder's patches stays.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         connector = connectors.build(vpg.config.connector, width_in=vpg.encoder.width, patches=vpg.encoder.patches)
+    for name, buffer in connector.named_buffers():
+        buffer.copy_(vpg.connector.get_buffer(name))
     return VPG(vpg.encoder, connector).eval()
 
 
@@ -181,19 +187,37 @@ def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Ima
 
 
 @torch.no_grad()
+def measure_inputs(vpg: VPG, mixture: Mixture, rows: Sequence[int]) -> None:
+    """Have a new connector measure the patches of some images, if it is made for that.
+
+    Raises:
+        DataError: none is readable.
+    """
+    if isinstance(vpg.connector, QueryConnector) and vpg.connector.mean is not None:
+        features, _ = _through(vpg.encode, vpg, mixture, rows)
+        vpg.connector.measure(features.to(vpg.connector.mean.device))
+
+
+@torch.no_grad()
 def visual_tokens(vpg: VPG, mixture: Mixture, rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
     """Visual tokens [n, T, d_vpg] of the readable ones of some images, float32 on the CPU; and which rows these are.
 
     Raises:
         DataError: none is readable.
     """
+    return _through(vpg, vpg, mixture, rows)
+
+
+def _through(
+    compute: Callable[[torch.Tensor], torch.Tensor], vpg: VPG, mixture: Mixture, rows: Sequence[int]
+) -> tuple[torch.Tensor, list[int]]:
     parameter = next(vpg.parameters())
     found, kept = [], []
     for start in range(0, len(rows), 16):
         some, images = readable(mixture, rows[start : start + 16])
         if some:
             pixels = torch.stack([vpg.transform(image) for image in images])
-            found.append(vpg(pixels.to(parameter.device, parameter.dtype)).float().cpu())
+            found.append(compute(pixels.to(parameter.device, parameter.dtype)).float().cpu())
             kept += some
     if not found:
         names = ", ".join(mixture.id(row) for row in rows[:5])

@@ -12,7 +12,7 @@ from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.recipe import Recipe
-from vpgtrans.runs.parts import Source, check_widths, fresh_connector, open_target, visual_tokens
+from vpgtrans.runs.parts import Source, check_widths, fresh_connector, measure_inputs, open_target, visual_tokens
 from vpgtrans.training.parts import check_stages
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
@@ -60,6 +60,8 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
+    if source.projector is None:
+        measure_inputs(source.vpg, train, _sample(train))
     tokens, rows = visual_tokens(source.vpg, train, _sample(train))
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None

@@ -16,6 +16,8 @@ from vpgtrans.errors import RecipeError
 
 INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
+SMALLEST_DEVIATION = 1e-3
+"""A channel that is silent in the images measured is not blown up beyond this."""
 
 
 class Connector(nn.Module, ABC):
@@ -38,9 +40,15 @@ class Connector(nn.Module, ABC):
 
 
 class QueryConnector(Connector):
-    """What connectors with learned queries share: the queries, and learned positions of the patches if asked for."""
+    """What connectors with learned queries share: the queries, and how patches come in: standardised, with positions.
+
+    Attributes:
+        mean, deviation: [d_enc] of the patches, see `measure`; None if the config doesn't ask for them.
+    """
 
     config: QFormerConnectorConfig | ResamplerConnectorConfig
+    mean: Tensor | None
+    deviation: Tensor | None
 
     def __init__(self, config: QFormerConnectorConfig | ResamplerConnectorConfig, *, width_in: int, patches: int):
         super().__init__(config, width_in=width_in, patches=patches, width=config.width, tokens=config.queries)
@@ -48,9 +56,21 @@ class QueryConnector(Connector):
             raise RecipeError(f"connector: width {config.width} must be a multiple of heads {config.heads}")
         self.queries = nn.Parameter(torch.randn(1, config.queries, config.width) * INITIAL_STD)
         self.positions = nn.Parameter(torch.randn(1, patches, width_in) * INITIAL_STD) if config.positions else None
+        self.register_buffer("mean", torch.zeros(width_in) if config.standardised else None)
+        self.register_buffer("deviation", torch.ones(width_in) if config.standardised else None)
+
+    @torch.no_grad()
+    def measure(self, features: Tensor) -> None:
+        """Take mean and deviation of each channel from the features [B, N, d_enc] of some training images."""
+        if self.mean is not None and self.deviation is not None:
+            deviation, mean = torch.std_mean(features.float().flatten(0, 1), dim=0)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation.clamp(min=SMALLEST_DEVIATION))
 
     def placed(self, features: Tensor) -> Tensor:
-        """Features [B, N, d_enc] in the connector's dtype, with their positions added."""
+        """Features [B, N, d_enc] in the connector's dtype, standardised and with their positions added."""
+        if self.mean is not None and self.deviation is not None:
+            features = (features.float() - self.mean) / self.deviation  # before half precision rounds large means
         features = features.to(self.queries.dtype)
         return features if self.positions is None else features + self.positions
 
