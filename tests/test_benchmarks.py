@@ -118,3 +118,19 @@ def test_the_pairs_vlms_share_nothing_that_trains(tiny):
 
 
 FINETUNE = {"name": "finetune", "trainable": {"projector": "full", "llm": "lora"}, "budget": {"samples": 4}}
+
+
+def test_source_vpg_counts_by_kind():
+    kinds = ["tone", "words", "tone"]
+    captions = ["woman pilot dark skin tone", "red flag", "man cook light skin tone"]
+    written = ["woman pilot light skin tone", "red flag", "man cook light skin tone"]
+    table = script("source_vpg").by_kind(kinds, captions, written)
+    assert list(table) == ["tone", "words", "all"]
+    assert {key: table["tone"][key] for key in ("count", "exact_match", "name", "tone")} == {
+        "count": 2,
+        "exact_match": 0.5,
+        "name": 1,
+        "tone": 0.5,
+    }
+    assert (table["words"]["exact_match"], table["words"]["tone"]) == (1, None)
+    assert table["all"]["exact_match"] == pytest.approx(2 / 3)
