@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 
 from vpgtrans.errors import DataError
 from vpgtrans.evaluation.metrics import (
-    bootstrap_interval,
     cider,
     exact_match,
     match_parts,
-    mean_by_group,
     score,
     token_f1,
     tokenize,
@@ -103,15 +101,6 @@ def test_wrong_input(predictions: list, references: list, message: str):
         score(predictions, references)
 
 
-def test_groups():
-    assert mean_by_group([1, 0, 1, 1], ["b", "a", "b", "a"]) == {
-        "b": {"mean": 1, "count": 2},
-        "a": {"mean": 0.5, "count": 2},
-    }
-    with pytest.raises(DataError):
-        mean_by_group([1], [])
-
-
 def test_names_and_tones_apart():
     references = [
         ["woman pilot dark skin tone"],
@@ -127,30 +116,3 @@ def test_names_and_tones_apart():
     ]
     assert match_parts(predictions, references) == {"name": 0.75, "tone": pytest.approx(2 / 3)}
     assert match_parts(["x"], [["y"]]) == {"name": 0, "tone": None}
-
-
-def test_bootstrap_intervals():
-    values = np.random.Generator(np.random.PCG64(0)).normal(5, 2, size=400)
-    low, high = bootstrap_interval(values, 1)
-    assert (low, high) == bootstrap_interval(values, 1)
-    assert (low, high) != bootstrap_interval(values, 2)
-    error = values.std() / 20  # of the mean of 400; a normal interval is ± 1.96 of them
-    assert (low, high) == (
-        pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error),
-        pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error),
-    )
-    assert bootstrap_interval([3.0], 0) == (3, 3)
-    median = bootstrap_interval(values, 1, statistic=lambda drawn: np.median(drawn, axis=1))
-    assert median[0] < np.median(values) < median[1]
-    for wrong in ([], [1.0, float("nan")], [[1.0]]):
-        with pytest.raises(DataError):
-            bootstrap_interval(wrong, 0)
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    generator = np.random.Generator(np.random.PCG64(3))
-    hits = 0
-    for seed in range(200):
-        low, high = bootstrap_interval(generator.normal(size=60), seed, level=0.9, resamples=400)
-        hits += low <= 0 <= high
-    assert 165 <= hits <= 192  # 180 expected

@@ -6,11 +6,9 @@ of the COCO evaluation tools: figures compare with each other, not with publishe
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean
-
-import numpy as np
 
 from vpgtrans.data.openmoji_names import split_tones
 from vpgtrans.errors import DataError
@@ -128,16 +126,6 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
             raise DataError(f"sample {index} has no list of references: right would be at least one caption")
 
 
-def mean_by_group(values: Sequence[float], groups: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
-    """{group: {"mean", "count"}} in the groups' first order, for example of exact match by what a row tests."""
-    if len(values) != len(groups):
-        raise DataError(f"{len(values)} values for {len(groups)} groups: give one group a value")
-    members: dict[Hashable, list[float]] = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        members[group].append(value)
-    return {group: {"mean": fmean(own), "count": len(own)} for group, own in members.items()}
-
-
 def match_parts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | None]:
     """Exact match of names of emoji, taken apart against each sample's first reference.
 
@@ -154,34 +142,3 @@ def match_parts(predictions: Sequence[str], references: Sequence[Sequence[str]])
         "name": fmean(float(mine[0] == right[0]) for mine, right in pairs),
         "tone": fmean(tones) if tones else None,
     }
-
-
-def bootstrap_interval(
-    values: Sequence[float],
-    seed: int,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> tuple[float, float]:
-    """Percentile bootstrap of the mean: the middle `level` of the means of resampled values.
-
-    Args:
-        values: one a sample; differences of paired values give the interval of a difference.
-        seed: the same seed gives the same interval.
-        statistic: maps resamples [r, n] to [r]; the mean if None.
-
-    Raises:
-        DataError: no values, or one that is not finite.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or not data.size or not np.isfinite(data).all():
-        raise DataError("a bootstrap interval needs a flat list of at least one finite value")
-    generator = np.random.Generator(np.random.PCG64(seed))
-    results = []
-    rows = max(1, 2**22 // data.size)  # bounds memory: about 64 MB of resampled values and indices at a time
-    for start in range(0, resamples, rows):
-        drawn = data[generator.integers(data.size, size=(min(rows, resamples - start), data.size))]
-        results.append(drawn.mean(axis=1) if statistic is None else statistic(drawn))
-    low, high = np.quantile(np.concatenate(results), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
