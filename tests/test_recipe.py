@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -327,6 +328,27 @@ def test_the_hash_depends_on_what_is_said_and_not_on_how(tmp_path: Path) -> None
     spelt = load_recipe(write(tmp_path, "# a comment\nseed: 0\n" + GOOD))
     assert recipe_hash(plain) == recipe_hash(spelt)
     assert recipe_hash(load_recipe(write(tmp_path, GOOD), ["seed=1"])) != recipe_hash(plain)
+
+
+def test_the_hash_tells_parts_of_the_same_settings_apart_and_survives_new_keys(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"queries": 4, "width": 16, "heads": 2}
+    hashes = set()
+    for kind in ("qformer", "resampler"):
+        vpg = {"encoder": {"kind": "efficientnet-lite0"}, "connector": {"kind": kind, **settings}}
+        hashes.add(recipe_hash(load_recipe(good, {"source.vpg": vpg})))
+    assert len(hashes) == 2
+
+    recipe = load_recipe(good)
+    before = recipe_hash(recipe)
+    dumped = Recipe.model_dump
+
+    def later(self: Recipe, **options: Any) -> dict[str, Any]:
+        return dumped(self, **options) | ({} if options.get("exclude_defaults") else {"new_key": 7})
+
+    monkeypatch.setattr(Recipe, "model_dump", later)
+    assert recipe_hash(recipe) == before
 
 
 def test_plain_values_make_a_recipe(good: Path) -> None:

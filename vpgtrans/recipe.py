@@ -54,6 +54,8 @@ class SourceConfig(Config):
 
     vpg: Annotated[Annotated[str, Tag("plain")] | Annotated[VPGConfig, Tag("parts")], Discriminator(_shape)]
     """A reference to a VLM whose VPG is taken, or `{encoder, connector}` to build one from scratch."""
+    trust_remote_code: bool = False
+    """Run the code that the source's LLM brings along, to read its words."""
 
 
 class TargetConfig(Config):
@@ -70,7 +72,6 @@ class DataConfig(Config):
 
     train: list[DataSource] = Field(min_length=1)
     validation: list[DataSource] = Field(min_length=1)
-    test: list[DataSource] = Field(default=[])
     max_bad_fraction: Share = 0.01
     """Stop when more than this share of the images is unreadable; below it they are skipped and listed."""
     augment: AugmentConfig | None = None
@@ -311,6 +312,20 @@ def dump(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 over everything the recipe says, defaults included."""
-    text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """sha256 over all in which the recipe differs from the defaults, and the kinds of its parts.
+
+    Spelling a default out changes nothing, and neither does a later version's new key.
+    """
+    said = _with_kinds(recipe.model_dump(mode="json"), recipe.model_dump(mode="json", exclude_defaults=True))
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_kinds(everything: Any, said: Any) -> Any:
+    """`said`, and from `everything` each `kind`: it is its class's default, and tells the classes apart."""
+    if isinstance(everything, dict):
+        kept = {key: value for key, value in everything.items() if key in said or key == "kind"}
+        return {key: _with_kinds(value, said.get(key, value)) for key, value in kept.items()}
+    if isinstance(everything, list):
+        return [_with_kinds(*pair) for pair in zip(everything, said, strict=True)]
+    return said
