@@ -194,6 +194,12 @@ def test_a_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
     assert "stage warmup: 16 samples in batches of 4" in caplog.text
     assert "4 visual tokens of width 16" in caplog.text
+    tables = [record.message for record in caplog.records if record.message.startswith("stage ")]
+    rows = [line.split() for line in "\n".join(tables).splitlines()]
+    assert ["llm", "lora"] in [row[:2] for row in rows]  # of the fine-tune: the adapter was really put on
+    connector = next(row for row in reversed(rows) if row[:1] == ["connector"])
+    assert connector[1] == "full"
+    assert connector[2] == connector[3] != "0"
 
 
 def test_unreadable_images_are_skipped_counted_and_listed(tiny: Tiny, tmp_path: Path) -> None:

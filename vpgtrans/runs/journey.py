@@ -82,10 +82,10 @@ def _journey(
     # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     prepared = prepare(recipe, device=where, source=source, train=train_data)
     if dry_run:
-        describe(recipe, prepared)
+        describe(recipe, prepared, validation)
         return path
     start = begin(recipe, prepared, validation)
     del prepared  # the embedding tables of both LLMs: gigabytes that training has no use for

@@ -11,9 +11,10 @@ import torch
 from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
+from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.parts import Source, check_widths, fresh_connector, measure_inputs, open_target, visual_tokens
-from vpgtrans.training.parts import check_stages
+from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
 from vpgtrans.transfer.probe import Choice, ProbeRow, Scoring, choose, probe, slow_candidates
@@ -139,17 +140,24 @@ def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
     return Start(vlm, prepared.source, made, table, seconds)
 
 
-def describe(recipe: Recipe, prepared: Prepared) -> None:
-    """Say what a run would do: the trainable table and the length of every stage."""
+def describe(recipe: Recipe, prepared: Prepared, validation: Mixture) -> None:
+    """Say what a run would do, with everything joined: the trainable table and the length of every stage.
+
+    Raises:
+        TransferError: as `begin`.
+    """
     source, llm = prepared.source, prepared.llm
+    if recipe.initialiser.kind == "auto":  # scoring takes minutes, and no table depends on it
+        recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "random"})})
+    vlm = begin(recipe, prepared, validation).vlm
     _LOGGER.info(
         "%d visual tokens of width %d into %s, width %d", source.vpg.tokens, source.vpg.width, llm.reference, llm.width
     )
     for stage in recipe.stages:
         budget = f"{stage.budget.samples:,} samples" if stage.budget.samples else f"{stage.budget.tokens:,} tokens"
-        modes = ", ".join(f"{part} {mode}" for part, mode in stage.trainable.items())
-        rates = ", ".join(f"{part} {rate:g}" for part, rate in stage.rates.items())
-        _LOGGER.info("stage %s: %s in batches of %d; %s; lr %s", stage.name, budget, stage.batch_size, modes, rates)
+        _LOGGER.info("stage %s: %s in batches of %d", stage.name, budget, stage.batch_size)
+        set_trainable(vlm, stage)
+        _LOGGER.info("%s", trainable_table(table(vlm, stage)))
 
 
 def _word_quality(config: InitialiserConfig, context: Context) -> dict[str, float]:
