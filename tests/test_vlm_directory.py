@@ -8,11 +8,16 @@ import peft
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 from tiny_training import SIDE, Pictures, build_vlm, make_models, make_recipe
 
+import vpgtrans as vt
+from vpgtrans.cli.root import cli
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
+from vpgtrans.llm import open_llm
 from vpgtrans.references import file_sha256
 from vpgtrans.runs.parts import open_source
 from vpgtrans.training.parts import set_trainable
@@ -296,3 +301,42 @@ def test_another_encoder_behind_the_reference_is_refused(tmp_path):
 def test_what_is_no_vlm_is_refused(root):
     with pytest.raises(ReferenceError_, match=r"no VLM directory.*manifest\.json"):
         load_vlm(str(root / "llm"))
+
+
+def test_the_llm_is_opened_at_the_commit_that_it_was_trained_with(copy, monkeypatch):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    local = manifest["llm"]["reference"]
+    manifest["llm"] |= {"reference": "hf:org/llm", "revision": "abc123"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    opened = []
+
+    def open_here(reference, **options):
+        opened.append(reference)
+        return open_llm(local, **options)
+
+    monkeypatch.setattr("vpgtrans.vlm_directory.open_llm", open_here)
+    load_vlm(str(copy))
+    assert opened == ["hf:org/llm@abc123"]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_llm_is_used_in_half_precision_where_that_is_fast(copy, monkeypatch, fast):
+    monkeypatch.setattr("vpgtrans.runs.parts.cpu_has_bf16", lambda: fast)
+    opened = vt.load(copy, device="cpu")
+    assert opened.llm.model.dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_remote_code_runs_only_where_it_is_asked_for(copy, monkeypatch):
+    asked = []
+
+    def open_here(reference, **options):
+        asked.append(options["trust_remote_code"])
+        return open_llm(reference, **options)
+
+    monkeypatch.setattr("vpgtrans.vlm_directory.open_llm", open_here)
+    image = copy.parent / "red.png"
+    Image.new("RGB", (8, 8), "red").save(image)
+    for flag in ([], ["--trust-remote-code"]):
+        done = CliRunner().invoke(cli, ["caption", str(copy), str(image), "--max-new-tokens", "1", *flag])
+        assert done.exit_code == 0, done.output
+    assert asked == [False, True]

@@ -117,19 +117,23 @@ def load(vlm: str | Path, *, device: str = "auto", trust_remote_code: bool = Fal
     Raises:
         VpgTransError: it doesn't resolve, is damaged, or belongs to another LLM.
     """
-    from vpgtrans.runs.parts import pick_device
-    from vpgtrans.vlm_directory import load_vlm
+    from vpgtrans.runs.parts import open_vlm
 
-    return load_vlm(str(vlm), device=pick_device(device), trust_remote_code=trust_remote_code)
+    return open_vlm(str(vlm), device=device, trust_remote_code=trust_remote_code)
 
 
 def evaluate(
-    vlm: str | Path, *, data: Sequence[str], samples: int | None = None, device: str = "auto"
+    vlm: str | Path,
+    *,
+    data: Sequence[str],
+    samples: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Loss and caption metrics of a VLM on data sets (`openmoji:test`)."""
     from vpgtrans import runs
 
-    return runs.evaluate(str(vlm), data=list(data), samples=samples, device=device)
+    return runs.evaluate(str(vlm), data=list(data), samples=samples, device=device, trust_remote_code=trust_remote_code)
 
 
 def caption(
@@ -139,12 +143,20 @@ def caption(
     prompt: str | None = None,
     max_new_tokens: int = 32,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """A `{"image", "caption"}` for each image."""
     from vpgtrans import runs
 
     paths = [Path(image) for image in images]
-    return runs.caption(str(vlm), paths, prompt=prompt, max_new_tokens=max_new_tokens, device=device)
+    return runs.caption(
+        str(vlm),
+        paths,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _path(output: str | Path | None) -> Path | None:

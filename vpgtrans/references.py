@@ -172,6 +172,16 @@ def portable(reference: str) -> str:
     return reference if (colon and scheme in ("hf", "pip", "registry")) or not exists else str(path.absolute())
 
 
+def pinned(reference: str, revision: str | None) -> str:
+    """A reference to the hub with the commit it was resolved to; every other one as it is."""
+    scheme, _, rest = reference.partition(":")
+    name = rest if scheme == "hf" else reference
+    match = _REPO.fullmatch(name)
+    if revision is None or match is None or Path(reference).exists():
+        return reference
+    return f"hf:{match['repo']}@{revision}"
+
+
 def _classify(reference: str, directory: Path) -> tuple[Kind, Path]:
     """What a directory is: a VLM, a run (its vlm/), a Hugging Face model, or the place of one GGUF file."""
     if (directory / "manifest.json").is_file():

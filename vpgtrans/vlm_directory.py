@@ -23,7 +23,7 @@ from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
 from vpgtrans.llm import Fingerprint, embeddings_sha256, open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
-from vpgtrans.references import Resolved, file_sha256, resolve
+from vpgtrans.references import Resolved, file_sha256, pinned, resolve
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM
@@ -188,7 +188,8 @@ def load_vlm(
     vision = load_vision(reference)
     directory = _vlm_directory(reference).path
     described = vision.manifest["llm"]
-    name = str(directory / "llm") if described["trained"] else described["reference"]
+    base = pinned(described["reference"], described["revision"])
+    name = str(directory / "llm") if described["trained"] else base
     llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if not described["trained"]:
         check_base(vision.fingerprint, llm.fingerprint, where=str(directory))

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vpgtrans.cli import console
-from vpgtrans.cli.options import Examples, device_option, json_option
+from vpgtrans.cli.options import Examples, device_option, json_option, trust_option
 
 
 @click.command(
@@ -28,9 +28,17 @@ from vpgtrans.cli.options import Examples, device_option, json_option
 @click.option("--prompt", metavar="TEXT", help="Text around the image [default: what the VLM was trained with].")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @device_option
+@trust_option
 @json_option
 def command(
-    vlm: str, images: tuple[Path, ...], *, prompt: str | None, max_new_tokens: int, device: str, as_json: bool
+    vlm: str,
+    images: tuple[Path, ...],
+    *,
+    prompt: str | None,
+    max_new_tokens: int,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Print a caption for each image.
 
@@ -38,7 +46,14 @@ def command(
     """
     with console.loading():
         from vpgtrans import runs
-    found = runs.caption(vlm, list(images), prompt=prompt, max_new_tokens=max_new_tokens, device=device)
+    found = runs.caption(
+        vlm,
+        list(images),
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         console.print_json(found)
         return

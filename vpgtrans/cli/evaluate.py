@@ -3,7 +3,7 @@
 import click
 
 from vpgtrans.cli import console
-from vpgtrans.cli.options import Examples, device_option, json_option
+from vpgtrans.cli.options import Examples, device_option, json_option, trust_option
 
 
 @click.command(
@@ -27,15 +27,18 @@ from vpgtrans.cli.options import Examples, device_option, json_option
     "--samples", type=click.IntRange(min=1), metavar="N", help="Use the first N samples of each [default: all]."
 )
 @device_option
+@trust_option
 @json_option
-def command(vlm: str, *, data: tuple[str, ...], samples: int | None, device: str, as_json: bool) -> None:
+def command(
+    vlm: str, *, data: tuple[str, ...], samples: int | None, device: str, trust_remote_code: bool, as_json: bool
+) -> None:
     """Print validation loss, exact match, token F1 and CIDEr of a VLM on images with captions.
 
     VLM is a VLM directory, a run, or registry:NAME.
     """
     with console.loading():
         from vpgtrans import runs
-    found = runs.evaluate(vlm, data=list(data), samples=samples, device=device)
+    found = runs.evaluate(vlm, data=list(data), samples=samples, device=device, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json(found)
     elif found and all(isinstance(value, dict) for value in found.values()):

@@ -57,6 +57,13 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--trust-remote-code`."""
+    return click.option(
+        "--trust-remote-code", is_flag=True, help="Run the code that the LLM's checkpoint brings along."
+    )(function)
+
+
 def _known_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Whether it is there is found out with torch; a word that can't be one is refused at once."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value):

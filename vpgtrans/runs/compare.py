@@ -132,7 +132,7 @@ def _check(recipe: Recipe, arms: list[str], device: torch.device) -> None:
     """
     check_references(recipe)
     train, _ = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     configs = [arm_recipe(recipe, arm, seed=recipe.seed, factor=1.0).initialiser for arm in arms]
     moved = [config for config in configs if config.kind not in ("random", "inherit")]
     widest = recipe.model_copy(update={"initialiser": (moved or configs)[0]})
@@ -216,7 +216,7 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
         return json.loads(done.read_text())
     _LOGGER.info("arm %s", name)
     chosen = arm_recipe(recipe, arm, seed=seed, factor=factor)
-    source = open_source(chosen.source.vpg, seed=seed)
+    source = open_source(chosen.source.vpg, seed=seed, trust_remote_code=chosen.source.trust_remote_code)
     if arm == SCRATCH:
         source.vpg = fresh_connector(source.vpg, seed=seed)
     train, validation = open_mixture(chosen.data.train), open_mixture(chosen.data.validation)

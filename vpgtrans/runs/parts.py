@@ -19,12 +19,13 @@ from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, r
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
-from vpgtrans.references import resolve
+from vpgtrans.references import pinned, resolve
 from vpgtrans.vision import connectors
 from vpgtrans.vision.connectors import QueryConnector
 from vpgtrans.vision.importers import import_source
 from vpgtrans.vision.vpg import VPG, build_vpg
-from vpgtrans.vlm_directory import check_base, load_vision
+from vpgtrans.vlm import VLM
+from vpgtrans.vlm_directory import check_base, load_vision, load_vlm
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Source:
     lineage: dict[str, Any]
 
 
-def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
+def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = False) -> Source:
     """Open a VLM directory, run or registry entry of ours, or import a BLIP-2 or LLaVA directory, or build a VPG.
 
     Raises:
@@ -59,7 +60,8 @@ def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
         def words() -> WordEmbeddings:
             # an LLM that was trained in full has words of its own, which lie beside the VPG
             trained = vision.manifest["llm"]["trained"]
-            read = read_embeddings(str(found.path / "llm") if trained else llm)
+            base = pinned(llm, vision.fingerprint.revision)
+            read = read_embeddings(str(found.path / "llm") if trained else base, trust_remote_code=trust_remote_code)
             check_base(vision.fingerprint, read.fingerprint, where=vpg)
             return read
 
@@ -69,7 +71,7 @@ def open_source(vpg: str | VPGConfig, *, seed: int) -> Source:
     return Source(
         imported.vpg,
         imported.projector,
-        lambda: read_embeddings(vpg),
+        lambda: read_embeddings(vpg, trust_remote_code=trust_remote_code),
         imported.prompt,
         {"source_vpg": vpg, "source_llm": imported.source_llm},
     )
@@ -96,6 +98,17 @@ def open_target(recipe: Recipe, *, device: torch.device) -> LanguageModel:
         device=device,
         trust_remote_code=recipe.target.trust_remote_code,
     )
+
+
+def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False) -> VLM:
+    """A VLM to use; its LLM is in bf16 where the device is fast in it, else in float32.
+
+    Raises:
+        TransferError: the device isn't there. The rest as `load_vlm`.
+    """
+    where = pick_device(device)
+    dtype = llm_dtype(TrainerConfig(), where)
+    return load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
 
 
 def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:

@@ -14,21 +14,35 @@ from vpgtrans.evaluation.metrics import score
 from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe
 from vpgtrans.references import resolve
-from vpgtrans.runs.parts import check_references, check_widths, open_mixture, open_source, pick_device, readable
+from vpgtrans.runs.parts import (
+    check_references,
+    check_widths,
+    open_mixture,
+    open_source,
+    open_vlm,
+    pick_device,
+    readable,
+)
 from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.vision.importers import importable
-from vpgtrans.vlm_directory import load_vision, load_vlm
+from vpgtrans.vlm_directory import load_vision
 
 
 def caption(
-    vlm: str, images: list[Path], *, prompt: str | None = None, max_new_tokens: int = 32, device: str = "auto"
+    vlm: str,
+    images: list[Path],
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int = 32,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[dict[str, str]]:
     """A caption for each image: `[{"image", "caption"}]`.
 
     Raises:
         ReferenceError_, CheckpointError: the VLM. DataError: an image can't be read.
     """
-    opened = load_vlm(vlm, device=pick_device(device))
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
     written = opened.generate(list(images), prompt, max_new_tokens=max_new_tokens)
     return [{"image": str(image), "caption": text} for image, text in zip(images, written, strict=True)]
 
@@ -41,6 +55,7 @@ def evaluate(
     samples: int | None = None,
     max_new_tokens: int = 32,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
 
@@ -51,7 +66,7 @@ def evaluate(
     for name in data:
         dataset, split = _dataset_and_split(name)
         sets[name] = open_captions(DataSource(dataset=dataset, split=split, limit=samples))
-    opened = load_vlm(vlm, device=pick_device(device))
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
     found: dict[str, dict[str, Any]] = {}
     for name, captions in sets.items():
         nll = tokens = 0.0
@@ -90,7 +105,7 @@ def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -
     train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
     # All kinds are tried whichever the recipe takes, its other settings kept.
     recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "auto"})})
-    source = open_source(recipe.source.vpg, seed=recipe.seed)
+    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     prepared = prepare(recipe, device=where, source=source, train=train)
     choice = score_candidates(recipe, prepared, validation)
     others = score_others(recipe, prepared, train=train, validation=validation)
