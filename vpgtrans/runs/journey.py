@@ -15,6 +15,7 @@ from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
+from vpgtrans.memory import overall_peak, start_span
 from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
@@ -24,7 +25,6 @@ from vpgtrans.runs.parts import check_references, flushed_denormals, open_mixtur
 from vpgtrans.runs.start import Start, begin, describe, prepare
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.devices import check_devices
-from vpgtrans.training.fit import peak_memory
 from vpgtrans.training.parts import changed_parts
 from vpgtrans.vision.preprocess import to_rgb
 from vpgtrans.vlm import VLM
@@ -107,6 +107,7 @@ def _journey(
         resume=resume,
         initial_seconds=start.seconds,
     )
+    start_span()  # what comes now is no stage's
     if not first:
         return path  # it was started to train along; the rest is the first one's
     after = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
@@ -121,7 +122,7 @@ def _journey(
         "converter": _converter_bill(start),
         # a resumed run's bill holds what was spent before it was interrupted
         "seconds": max(time.perf_counter() - started, start.seconds + sum(result.seconds for result in results)),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": overall_peak(),
     }
     run.write("summary.json", summary)
     changed = changed_parts(recipe.stages)
@@ -160,6 +161,7 @@ def _converter_bill(start: Start) -> dict[str, Any]:
         "recall_at_1": row.get("recall_at_1"),
         "copy_gap_recovered": row.get("copy_gap_recovered"),
         "seconds": start.seconds,
+        "memory_bytes": start.memory,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
+from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.parts import Source, check_widths, fresh_connector, measure_inputs, open_target, visual_tokens
@@ -49,6 +50,8 @@ class Start:
     """Rows of initialisers.json."""
     seconds: float
     """Of the initialiser, its scoring included where it is `auto`: part of the bill."""
+    memory: int
+    """Its peak in bytes, of the whole process."""
 
 
 def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixture) -> Prepared:
@@ -122,6 +125,7 @@ def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
         TransferError: the initialiser can't be made from what there is; the tokenizers share too few tokens.
     """
     started = time.perf_counter()
+    start_span()
     if recipe.initialiser.kind == "auto":
         if prepared.context.source is not None:
             prepared.context.pairs()  # raises: quietly taking `inherit` is not what a transfer was asked for
@@ -133,11 +137,12 @@ def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
         seconds = time.perf_counter() - started
         quality = _word_quality(recipe.initialiser, prepared.context)
         table = [{"name": made.name, "kind": made.kind, "chosen": True, **made.report, **quality}]
+    memory = span_peak()
     note = f" ({made.report['note']})" if made.report.get("note") else ""
     _LOGGER.info("first projector: %s%s, %.1f s", made.name, note, seconds)
     projector = made.projector.float().to(prepared.device)
     vlm = VLM(prepared.source.vpg, projector, prepared.llm, prompt=prepared.prompt)
-    return Start(vlm, prepared.source, made, table, seconds)
+    return Start(vlm, prepared.source, made, table, seconds, memory)
 
 
 def describe(recipe: Recipe, prepared: Prepared, validation: Mixture) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vpgtrans.config import AugmentConfig, Mode, Part
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import TrainingError
+from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import bar
 from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
@@ -264,6 +264,7 @@ class StageRun:
             TrainingError: too many of the images whose features are cached are unreadable.
             Stopped: a signal asked for it.
         """
+        start_span()
         self.vlm = vlm
         self.recipe = recipe
         self.stage = stage = recipe.stages[index]
@@ -364,7 +365,7 @@ class StageRun:
             val_loss=progress.best["val_loss"],
             best_samples=progress.best["samples"],
             text_tokens=progress.text_tokens - int(start["text_tokens"]),
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=span_peak(),
         )
 
     def position(self) -> dict[str, Any]:
@@ -411,10 +412,3 @@ class StageRun:
                 optimizer=optimizer.state_dict(),
             )
         )
-
-
-def peak_memory() -> int:
-    """Bytes: the GPU's peak where one is used, else the process's peak resident size."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
