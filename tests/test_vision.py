@@ -350,15 +350,19 @@ def test_a_standardised_connector_brings_channels_of_any_scale_to_one(config):
     measured = connectors.build(config.model_copy(update={"standardised": True}), width_in=10, patches=5).eval()
     measured.load_state_dict(plain.state_dict(), strict=False)
     unscaled = torch.randn(40, 5, 10)
-    features = unscaled * torch.logspace(-2, 2, 10) + 100
+    features = unscaled * torch.logspace(-0.3, 0.3, 10) + 100
     assert torch.equal(measured(unscaled), plain(unscaled))  # before it has measured anything
     measured.measure(features)
     expected = (unscaled - unscaled.mean((0, 1))) / unscaled.flatten(0, 1).std(0)
     torch.testing.assert_close(measured(features), plain(expected), rtol=1e-3, atol=1e-3)
     assert set(measured.state_dict()) - set(plain.state_dict()) == {"mean", "deviation"}
-    # in half precision the subtraction comes first: 100 ± 0.01 would be one number
-    halved = measured.to(torch.bfloat16).placed(features)
-    assert halved[..., 0].std() > 0.5
+    # what is silent in the images measured must not drown the rest where it speaks
+    features[..., 0] = 100
+    measured.measure(features)
+    assert measured.placed(features[:1] + 1).abs().max() < 10
+    # in half precision the subtraction comes first: 100 and 100.1 would be one number
+    placed = measured.to(torch.bfloat16).placed(torch.tensor([100.0, 100.1])[None, :, None].expand(1, 2, 10))
+    assert (placed[:, 0] != placed[:, 1]).all()
 
 
 def test_a_resampler_layer_follows_the_formula():

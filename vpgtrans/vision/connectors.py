@@ -16,8 +16,8 @@ from vpgtrans.errors import RecipeError
 
 INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
-SMALLEST_DEVIATION = 1e-3
-"""A channel that is silent in the images measured is not blown up beyond this."""
+SMALLEST_DEVIATION = 0.2
+"""Of the channels' mean one: what is silent in the images measured is not blown up where it speaks."""
 
 
 class Connector(nn.Module, ABC):
@@ -65,7 +65,7 @@ class QueryConnector(Connector):
         if self.mean is not None and self.deviation is not None:
             deviation, mean = torch.std_mean(features.float().flatten(0, 1), dim=0)
             self.mean.copy_(mean)
-            self.deviation.copy_(deviation.clamp(min=SMALLEST_DEVIATION))
+            self.deviation.copy_(deviation.clamp(min=SMALLEST_DEVIATION * deviation.mean()))
 
     def placed(self, features: Tensor) -> Tensor:
         """Features [B, N, d_enc] in the connector's dtype, standardised and with their positions added."""
