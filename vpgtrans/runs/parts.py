@@ -119,6 +119,12 @@ def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def encoder_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of an encoder that is frozen in all stages the LLM's on a GPU, else float32: a CPU gains little from less."""
+    frozen = all(stage.trainable["encoder"] == "frozen" for stage in recipe.stages)
+    return llm_dtype(recipe.trainer, device) if frozen and device.type == "cuda" else torch.float32
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device; of several processes each gets a GPU of its own.
 

@@ -14,7 +14,15 @@ from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
-from vpgtrans.runs.parts import Source, check_widths, fresh_connector, measure_inputs, open_target, visual_tokens
+from vpgtrans.runs.parts import (
+    Source,
+    check_widths,
+    encoder_dtype,
+    fresh_connector,
+    measure_inputs,
+    open_target,
+    visual_tokens,
+)
 from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
@@ -64,6 +72,7 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
+    source.vpg.encoder.to(encoder_dtype(recipe, device))
     if source.projector is None:
         measure_inputs(source.vpg, train, _sample(train))
     tokens, rows = visual_tokens(source.vpg, train, _sample(train))
