@@ -19,6 +19,7 @@ goes on, and rows of two blocks with the same recipe are run once.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from pair import QUICKSTART, Pair, Timeline, one_stage
 
-from vpgtrans.recipe import Recipe, load_recipe, recipe_hash
+from vpgtrans.recipe import Recipe, dump, load_recipe
+from vpgtrans.references import resolve
 from vpgtrans.runs.parts import flushed_denormals
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
@@ -115,6 +117,13 @@ def markdown(block: str, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def key(recipe: Recipe) -> str:
+    """Of a row's results: the recipe with all defaults, and the VPG that its source names at the moment."""
+    assert isinstance(recipe.source.vpg, str)
+    manifest = resolve(recipe.source.vpg).path / "manifest.json"
+    return hashlib.sha256(dump(recipe).encode() + manifest.read_bytes()).hexdigest()[:16]
+
+
 def known(found: dict[str, Any], digest: str, *, train: bool) -> Curve | None:
     """The curve of a recipe that has been run, in whichever block; a trained row's start is an untrained row."""
     for rows in found.values():
@@ -146,7 +155,7 @@ def main() -> None:
             train = name != "untrained"
             done: dict[str, Any] = {}
             for label, recipe in rows.items():
-                digest = recipe_hash(recipe)[:16]
+                digest = key(recipe)
                 curve = known(found | {"": done}, digest, train=train)
                 if curve is None:
                     # Opened with a converter, whatever the first row starts from: all rows share it.

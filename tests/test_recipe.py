@@ -339,6 +339,12 @@ def test_the_hash_tells_parts_of_the_same_settings_apart_and_survives_new_keys(
         vpg = {"encoder": {"kind": "efficientnet-lite0"}, "connector": {"kind": kind, **settings}}
         hashes.add(recipe_hash(load_recipe(good, {"source.vpg": vpg})))
     assert len(hashes) == 2
+    # stated, even at its default, a preprocessing replaces that of the reference
+    for image in ({}, {"image": {}}):
+        encoder = {"kind": "huggingface", "reference": "org/repo", **image}
+        vpg = {"encoder": encoder, "connector": {"kind": "qformer", **settings}}
+        hashes.add(recipe_hash(load_recipe(good, {"source.vpg": vpg})))
+    assert len(hashes) == 4
 
     recipe = load_recipe(good)
     before = recipe_hash(recipe)

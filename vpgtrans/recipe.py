@@ -312,20 +312,25 @@ def dump(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 over all in which the recipe differs from the defaults, and the kinds of its parts.
+    """sha256 over what the recipe says: all in which it differs from the defaults, and the kinds of its parts.
 
-    Spelling a default out changes nothing, and neither does a later version's new key.
+    Spelling a default out changes nothing, and neither does a later version's new key. A later version's other default
+    doesn't show either, so it names a recipe, and is no key of results.
     """
-    said = _with_kinds(recipe.model_dump(mode="json"), recipe.model_dump(mode="json", exclude_defaults=True))
+    said = _kept(recipe.model_dump(mode="json"), recipe.model_dump(mode="json", exclude_defaults=True))
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _with_kinds(everything: Any, said: Any) -> Any:
-    """`said`, and from `everything` each `kind`: it is its class's default, and tells the classes apart."""
+_TELLING = ("kind", "image")
+"""Keys that say something even at their default: a part's class, and a preprocessing that replaces the reference's."""
+
+
+def _kept(everything: Any, said: Any) -> Any:
+    """`said`, and from `everything` the keys that say something at their default."""
     if isinstance(everything, dict):
-        kept = {key: value for key, value in everything.items() if key in said or key == "kind"}
-        return {key: _with_kinds(value, said.get(key, value)) for key, value in kept.items()}
+        kept = {key: value for key, value in everything.items() if key in said or key in _TELLING}
+        return {key: _kept(value, said.get(key, value)) for key, value in kept.items()}
     if isinstance(everything, list):
-        return [_with_kinds(*pair) for pair in zip(everything, said, strict=True)]
+        return [_kept(*pair) for pair in zip(everything, said, strict=True)]
     return said
