@@ -17,11 +17,18 @@ _before = 0
 """Largest peak of the spans that have ended, in bytes."""
 
 
+def forget() -> None:
+    """Begin a run: what this process used before is not its own."""
+    global _before
+    start_span()
+    _before = 0
+
+
 def start_span() -> None:
     """End the span under way and begin another one."""
     global _before
     _before = max(_before, span_peak())
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU must not wake a GPU
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         _RESET.write_text("5")  # see proc(5): the peak resident size becomes the present one
@@ -29,7 +36,7 @@ def start_span() -> None:
 
 def span_peak() -> int:
     """Bytes, since the span began."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
@@ -42,5 +49,5 @@ def span_peak() -> int:
 
 
 def overall_peak() -> int:
-    """Bytes, over all spans of this process."""
+    """Bytes, over all spans since `forget`."""
     return max(_before, span_peak())

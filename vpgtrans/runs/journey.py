@@ -15,7 +15,7 @@ from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.sources import Mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
-from vpgtrans.memory import overall_peak, start_span
+from vpgtrans.memory import forget, overall_peak, start_span
 from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
@@ -76,6 +76,7 @@ def _journey(
     device: str = "auto",
 ) -> Path:
     started = time.perf_counter()
+    forget()
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
     check_devices(recipe, where)
@@ -122,7 +123,7 @@ def _journey(
         "converter": _converter_bill(start),
         # a resumed run's bill holds what was spent before it was interrupted
         "seconds": max(time.perf_counter() - started, start.seconds + sum(result.seconds for result in results)),
-        "peak_memory_bytes": overall_peak(),
+        "peak_memory_bytes": max(overall_peak(), *(result.peak_memory_bytes for result in results)),
     }
     run.write("summary.json", summary)
     changed = changed_parts(recipe.stages)
