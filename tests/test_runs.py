@@ -202,6 +202,17 @@ def test_a_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert connector[2] == connector[3] != "0"
 
 
+def test_a_dry_run_of_auto_joins_a_converter(tiny: Tiny, tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO", logger="vpgtrans"):
+        runs.transfer(tiny.transfer_recipe(initialiser="auto"), dry_run=True, output=tmp_path / "run", device="cpu")
+    assert "not scored in a dry run" in caplog.text
+    row = next(line for line in caplog.text.splitlines() if line.split()[:2] == ["projector", "full"])
+    caplog.clear()
+    with caplog.at_level("INFO", logger="vpgtrans"):
+        runs.transfer(tiny.transfer_recipe(), dry_run=True, output=tmp_path / "run", device="cpu")
+    assert row in caplog.text  # as many parameters, the converter's included
+
+
 def test_unreadable_images_are_skipped_counted_and_listed(tiny: Tiny, tmp_path: Path) -> None:
     train = write_captions(tmp_path / "train.parquet", count=24, unreadable={3, 10})
     held_out = write_captions(tmp_path / "validation.parquet", count=8, unreadable={1})

@@ -72,7 +72,8 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
-    source.vpg.encoder.to(encoder_dtype(recipe, device))
+    if source.vpg.encoder.reference_sha256 is not None:  # one that the VLM carries itself is written back as it was
+        source.vpg.encoder.to(encoder_dtype(recipe, device))
     if source.projector is None:
         measure_inputs(source.vpg, train, _sample(train))
     tokens, rows = visual_tokens(source.vpg, train, _sample(train))
@@ -140,13 +141,12 @@ def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
             prepared.context.pairs()  # raises: quietly taking `inherit` is not what a transfer was asked for
         choice = score_candidates(recipe, prepared, validation)
         made, table = choice.initialisation, [row.to_json() for row in choice.rows]
-        seconds = time.perf_counter() - started
+        seconds, memory = time.perf_counter() - started, span_peak()
     else:
         made = initialise(recipe.initialiser, prepared.context)
-        seconds = time.perf_counter() - started
+        seconds, memory = time.perf_counter() - started, span_peak()
         quality = _word_quality(recipe.initialiser, prepared.context)
         table = [{"name": made.name, "kind": made.kind, "chosen": True, **made.report, **quality}]
-    memory = span_peak()
     note = f" ({made.report['note']})" if made.report.get("note") else ""
     _LOGGER.info("first projector: %s%s, %.1f s", made.name, note, seconds)
     projector = made.projector.float().to(prepared.device)
@@ -161,8 +161,10 @@ def describe(recipe: Recipe, prepared: Prepared, validation: Mixture) -> None:
         TransferError: as `begin`.
     """
     source, llm = prepared.source, prepared.llm
-    if recipe.initialiser.kind == "auto":  # scoring takes minutes, and no table depends on it
-        recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "random"})})
+    if recipe.initialiser.kind == "auto":
+        kind = "random" if prepared.context.source is None else "converter"
+        _LOGGER.info("initialiser auto is not scored in a dry run, which takes minutes; joined with %s", kind)
+        recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": kind})})
     vlm = begin(recipe, prepared, validation).vlm
     _LOGGER.info(
         "%d visual tokens of width %d into %s, width %d", source.vpg.tokens, source.vpg.width, llm.reference, llm.width
