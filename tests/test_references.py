@@ -435,6 +435,5 @@ def test_a_hub_reference_is_pinned_to_its_commit_and_no_other_one(tmp_path, monk
     for reference in ("hf:org/repo", "hf:org/repo@main", "org/repo", "org/repo@main"):
         assert references.pinned(reference, "abc123") == "hf:org/repo@abc123"
         assert references.pinned(reference, None) == reference
-    (tmp_path / "org" / "repo").mkdir(parents=True)
-    for reference in ("org/repo", str(tmp_path), "pip:some-model", "pip:some-model/file.gguf", "registry:name"):
+    for reference in (str(tmp_path), "pip:some-model", "pip:some-model/file.gguf", "registry:name"):
         assert references.pinned(reference, "1.0") == reference

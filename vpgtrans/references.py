@@ -173,11 +173,11 @@ def portable(reference: str) -> str:
 
 
 def pinned(reference: str, revision: str | None) -> str:
-    """A reference to the hub with the commit it was resolved to; every other one as it is."""
+    """A `portable` reference to the hub with the commit it was resolved to; every other one as it is."""
     scheme, _, rest = reference.partition(":")
     name = rest if scheme == "hf" else reference
     match = _REPO.fullmatch(name)
-    if revision is None or match is None or Path(reference).exists():
+    if revision is None or match is None:
         return reference
     return f"hf:{match['repo']}@{revision}"
 

@@ -108,7 +108,10 @@ def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False) ->
     """
     where = pick_device(device)
     dtype = llm_dtype(TrainerConfig(), where)
-    return load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    vlm = load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    if where.type == "cuda":
+        vlm.vpg.encoder.to(dtype)  # as where it was trained
+    return vlm
 
 
 def llm_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
