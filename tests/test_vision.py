@@ -216,6 +216,8 @@ def test_efficientnet_lite0_gives_the_features_of_its_own_package():
     folded = encoders.build(EfficientNetLite0Config(levels=(-1, 10, 4), fold=2))
     features = folded(pixels)
     assert features.shape == (2, 25, folded.width) == (2, 25, 1280 + 4 * 112 + 4 * 40)
+    odd = EfficientNetLite0Config(levels=(-1, 10), fold=2, image=ImageConfig(size=200))  # 13 is not twice 7
+    assert encoders.build(odd, load_weights=False).width == 1280 + 4 * 112
     grid = features.transpose(1, 2).reshape(2, -1, 5, 5)
     torch.testing.assert_close(grid[:, :1280], expected)  # as fine as the grid: nothing to fold
     corners = grid[:, 1280 : 1280 + 4 * 112].reshape(2, 112, 2, 2, 5, 5)

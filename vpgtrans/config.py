@@ -114,7 +114,8 @@ class EfficientNetLite0Config(Config):
     levels: tuple[int, ...] = (-1,)
     """Feature maps taken, by block index; -1 is the head's 1,280 channels. Each is laid out as patches [h*w, c]."""
     fold: PositiveInt = 1
-    """How many pixels a side of a finer map lie side by side as channels of one patch, instead of being averaged."""
+    """How many pixels a side of a finer map lie side by side as channels of one patch, instead of being averaged.
+    Maps that are less than about `fold` times as fine as the first one are averaged all the same."""
 
 
 EncoderConfig = Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]
@@ -137,8 +138,8 @@ class QFormerConnectorConfig(Config):
     positions: bool = False
     """Add a learned position to every patch: for encoders whose features carry none (a CNN). Off in BLIP-2."""
     standardised: bool = False
-    """Bring every channel of the patches to mean 0 and deviation 1 over training images, measured once, when a VPG is
-    built: for encoders whose maps differ in scale."""
+    """Bring every channel of the patches to mean 0 and (unless it is quiet) deviation 1 over training images, measured
+    once, when a VPG is built: for encoders whose maps differ in scale."""
 
 
 class ResamplerConnectorConfig(Config):

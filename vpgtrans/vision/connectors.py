@@ -17,7 +17,7 @@ from vpgtrans.errors import RecipeError
 INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
 SMALLEST_DEVIATION = 0.2
-"""Of the channels' mean one: what is silent in the images measured is not blown up where it speaks."""
+"""Of the channels' mean one: a channel that is silent in the images measured is not blown up where it speaks."""
 
 
 class Connector(nn.Module, ABC):
@@ -62,15 +62,16 @@ class QueryConnector(Connector):
     @torch.no_grad()
     def measure(self, features: Tensor) -> None:
         """Take mean and deviation of each channel from the features [B, N, d_enc] of some training images."""
-        if self.mean is not None and self.deviation is not None:
-            deviation, mean = torch.std_mean(features.float().flatten(0, 1), dim=0)
-            self.mean.copy_(mean)
-            self.deviation.copy_(deviation.clamp(min=SMALLEST_DEVIATION * deviation.mean()))
+        assert self.mean is not None, "made without `standardised`"
+        assert self.deviation is not None
+        deviation, mean = torch.std_mean(features.float().flatten(0, 1), dim=0)
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation.clamp(min=(SMALLEST_DEVIATION * deviation.mean()).clamp(min=1e-6)))
 
     def placed(self, features: Tensor) -> Tensor:
         """Features [B, N, d_enc] in the connector's dtype, standardised and with their positions added."""
         if self.mean is not None and self.deviation is not None:
-            features = (features.float() - self.mean) / self.deviation  # before half precision rounds large means
+            features = (features.float() - self.mean) / self.deviation  # in float32: means may be many deviations
         features = features.to(self.queries.dtype)
         return features if self.positions is None else features + self.positions
 

@@ -131,7 +131,8 @@ class EfficientNetLite0(Encoder):
         height, width = maps[levels[0]].shape[-2:]
         pooled = []
         for level in levels:
-            fold = self.config.fold if maps[level].shape[-1] >= self.config.fold * width else 1
+            # Strides round up: a map that is twice as fine may be a pixel short of twice the grid.
+            fold = self.config.fold if round(maps[level].shape[-1] / width) >= self.config.fold else 1
             finer = F.adaptive_avg_pool2d(maps[level], (height * fold, width * fold))
             pooled.append(F.pixel_unshuffle(finer, fold))
         return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
