@@ -227,7 +227,8 @@ def test_the_word_objective_is_smallest_on_the_captions_words(root):
     vlm = build_vlm(root)
     captions = ["a red cat", "a clock on the wall"]
     goal = WordObjective(vlm, captions)
-    ids = [vlm.llm.tokenizer.encode(" " + caption, add_special_tokens=False)[:3] for caption in captions]
+    tokens = [vlm.llm.tokenizer.encode(" " + caption, add_special_tokens=False) for caption in captions]
+    ids = [[*own[:2], own[-1]] for own in tokens]  # of three prompts two are for the beginning, one for the end
     right = vlm.llm.embed(torch.tensor(ids))
     at_words, count = goal(vlm, right, captions)
     assert count == 6
@@ -235,6 +236,24 @@ def test_the_word_objective_is_smallest_on_the_captions_words(root):
     assert at_words < goal(vlm, right + 0.3 * torch.randn_like(right) * right.std(), captions)[0]
     halves = [goal(vlm, right[row : row + 1], captions[row : row + 1])[0] for row in range(2)]
     torch.testing.assert_close(sum(halves), at_words)
+
+
+def test_words_lie_at_both_ends_of_the_prompts(root):
+    vlm = build_vlm(root)
+    caption = "one two three four five six seven eight nine"
+    goal = WordObjective(vlm, [caption])
+    tokens = vlm.llm.tokenizer.encode(" " + caption, add_special_tokens=False)
+    row = {token: goal.rows[token] for token in tokens}
+    long = [row[token] for token in [*tokens[:3], *tokens[-2:]]]
+    assert goal._targets([caption], 5)[0].tolist() == [long]
+
+    short = vlm.llm.tokenizer.decode(tokens[:2]).strip()
+    pair = [goal.rows[token] for token in vlm.llm.tokenizer.encode(" " + short, add_special_tokens=False)]
+    assert len(pair) == 2
+    blank = goal.rows[goal.filler]
+    targets, weights = goal._targets([short], 8)
+    assert targets.tolist() == [[*pair, blank, blank, blank, blank, *pair]]
+    assert weights.tolist() == [pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 1, 1])]
 
 
 def test_biases_and_norms_do_not_decay(root):

@@ -1,9 +1,11 @@
 """What a stage minimises, as functions of visual prompts and captions.
 
 `caption`: the LLM's negative log-likelihood of the caption behind the prompts; what a VLM is trained with.
-`words`: prompt number t is to lie where the t-th word token of the caption lies in the LLM's embedding space. It needs
-no pass through the LLM, so it costs a hundredth; and prompts that lie among words are what a *word* converter can
-carry to another LLM. It serves as a cheap first stage for a new VPG, or beside `caption` to keep prompts readable.
+`words`: the prompts are to lie where the caption's tokens lie in the LLM's embedding space: the first half of them
+where its first tokens do, the second half where its last ones do, in order. A word that ends many captions (a skin
+tone, a noun behind its adjectives) then has a place of its own, however long what comes before it is. It needs no pass
+through the LLM, so it costs a hundredth; and prompts that lie among words are what a *word* converter can carry to
+another LLM. It serves as a cheap first stage for a new VPG, or beside `caption` to keep prompts readable.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +24,7 @@ PULL = 3.0
 """Weight of the squared distance to the right word (in units of D) beside the classification, which alone would be
 content with prompts on the right side of all words, far away from them, and no LLM reads those."""
 FILLER_WEIGHT = 0.1
-"""Prompts beyond the caption's end are drawn to the line break, weakly."""
+"""Prompts that no token of the caption is for are drawn to the line break, weakly."""
 
 
 class Objective(nn.Module, ABC):
@@ -93,10 +95,15 @@ class WordObjective(Objective):
         """Rows of the vocabulary and weights, both [B, visual]."""
         targets = torch.full((len(captions), visual), self.rows[self.filler])
         weights = torch.full((len(captions), visual), FILLER_WEIGHT)
+        half = (visual + 1) // 2
         for index, caption in enumerate(captions):
-            rows = torch.tensor([self.rows.get(token, -1) for token in self._ids(" " + caption)[:visual]])
-            targets[index, : len(rows)] = rows.clamp(min=0)
-            weights[index, : len(rows)] = (rows >= 0).float()  # a word outside the training captions has no row
+            rows = torch.tensor([self.rows.get(token, -1) for token in self._ids(" " + caption)])
+            for places, found in (
+                (slice(0, min(half, len(rows))), rows[:half]),
+                (slice(max(half, visual - len(rows)), visual), rows[max(0, len(rows) - (visual - half)) :]),
+            ):
+                targets[index, places] = found.clamp(min=0)
+                weights[index, places] = (found >= 0).float()  # a word outside the training captions has no row
         return targets, weights
 
     def _ids(self, text: str) -> list[int]:
