@@ -61,7 +61,7 @@ def small(path: Path, tiny: Tiny) -> Recipe:
         keys["source"]["vpg"]["encoder"] = {"kind": "huggingface", "reference": str(tiny.encoder)}
         if keys["source"]["vpg"]["connector"]["kind"] == "qformer":
             keys["source"]["vpg"]["connector"] |= QFORMER
-    for role, file in (("train", tiny.train), ("validation", tiny.validation), ("test", tiny.validation)):
+    for role, file in (("train", tiny.train), ("validation", tiny.validation)):
         for source in keys["data"][role]:
             source["dataset"] = str(file)
     for stage in keys["stages"]:
