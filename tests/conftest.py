@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from packaging.requirements import Requirement
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 # Before torch is imported: test machines have few cores, and results must not depend on how many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples every time: a failure is one that the next person sees, too.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
+hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vpgtrans.config import AugmentConfig
@@ -294,6 +294,7 @@ RATES = st.floats(min_value=1e-8, max_value=10, allow_nan=False)
     cache=st.sampled_from(["auto", False]),
     targets=st.none() | st.lists(st.sampled_from(["q_proj", "v_proj"]), max_size=2),
 )
+@example(seed=0, lr=1.0, template="a\x85b\u2028", clip=None, cache="auto", targets=None)  # line breaks of old YAML
 def test_what_is_dumped_loads_as_an_equal_recipe_with_an_equal_hash(
     tmp_path_factory: pytest.TempPathFactory, **values: object
 ) -> None:

@@ -12,6 +12,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from vpgtrans.errors import RecipeError
 
@@ -34,7 +36,20 @@ def parser(*, typ: str = "rt") -> YAML:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the schema's order
     yaml.width = 120
+    if typ == "safe":
+        yaml.Representer = _Representer
     return yaml
+
+
+class _Representer(SafeRepresenter):
+    """Line breaks of old YAML inside a text, which a plain or single-quoted scalar would lose, are escaped."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = '"' if set(data) & set("\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def read(path: Path) -> Document:
