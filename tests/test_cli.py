@@ -165,14 +165,23 @@ def test_training_verbs_pass_on_what_was_said(runs: FakeRuns, recipe: str, verb:
 def test_a_finished_run_shows_its_summary_captions_and_report(runs: FakeRuns, recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "vlm").mkdir(parents=True)
-    summary = {"initialiser": "cca", "val_loss": 1.25, "stages": [{"name": "warmup", "samples": 64}]}
+    summary = {
+        "initialiser": "cca",
+        "val_loss": 1.25,
+        "metrics": {"exact_match": 0.25, "token_f1": 0.5, "cider": 2.0, "count": 64},
+        "stages": [{"name": "warmup", "updates": 16, "samples": 64, "val_loss": 1.25, "seconds": 12.3}],
+        "converter": {"shared_tokens": 46138, "seconds": 4.6},
+        "seconds": 354.0,
+        "peak_memory_bytes": 3 * 2**30,
+    }
     (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     (run / "report.html").write_text("<html>", encoding="utf-8")
-    samples = [{"image": "images/0.png", "reference": "cat [red]face", "after": "cat face"}]
+    samples = [{"image": "images/0.png", "reference": "cat [red]face", "before": "1.\n2.", "after": "cat face"}]
     (run / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
     runs.result = run
     out = invoke("transfer", recipe).stdout
-    for words in ("1.25", "warmup", "cat [red]face", f"report: {run / 'report.html'}", "vpgtrans caption"):
+    told = ("1.250", "5.9 min", "3.0 GiB", "46,138 shared tokens", "12 s", "1. …")
+    for words in (*told, "warmup", "cat [red]face", f"report: {run / 'report.html'}", "vpgtrans caption"):
         assert words in out
     assert json.loads(invoke("transfer", recipe, "--json").stdout) == {**summary, "output": str(run)}
 
@@ -216,7 +225,7 @@ def test_probe_evaluate_and_caption(runs: FakeRuns, recipe: str, tmp_path: Path)
     assert runs.calls[-1] == (
         "evaluate",
         ("some/vlm",),
-        {"data": ["openmoji:test"], "samples": 3, "device": "auto", "trust_remote_code": False},
+        {"data": ["openmoji:test"], "columns": {}, "samples": 3, "device": "auto", "trust_remote_code": False},
     )
 
     image = tmp_path / "cat.png"

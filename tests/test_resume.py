@@ -209,7 +209,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     checkpoints = written(tmp_path, 1, 2, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00-00000002", "00-00000030"]
     loaded = checkpoints.load()
-    assert loaded.progress == Progress(update=30)
+    assert loaded.progress == Progress(update=30, elapsed=loaded.progress.elapsed)
     assert torch.equal(loaded.state["projector/weight"], torch.full((2, 2), 30.0))
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], torch.ones(3))
 

@@ -28,11 +28,13 @@ from tiny_vlms import tiny_blip2
 import vpgtrans as vt
 from vpgtrans import runs
 from vpgtrans.cli.root import cli
+from vpgtrans.config import PromptConfig
 from vpgtrans.errors import OutputError, ReferenceError_
 from vpgtrans.projector import Projector
-from vpgtrans.recipe import Recipe, dump, parse_recipe
+from vpgtrans.recipe import Recipe, SourceConfig, dump, load_recipe, parse_recipe
 from vpgtrans.references import file_sha256
 from vpgtrans.runs import journey
+from vpgtrans.runs.directory import check_run
 from vpgtrans.runs.parts import check_references
 
 
@@ -345,9 +347,16 @@ def test_an_interrupted_transfer_resumes_to_the_same_result(tiny: Tiny, tmp_path
         assert lines[-1]["stage"] == stage
         assert lines[-1]["update"] < LONG, "the run was over before the signal came; make LONG longer"
 
+        start = (run / "start.json").read_text()
+        spent = max(read(file)["elapsed"] for file in (run / "checkpoints").glob("*/progress.json"))
+        began = time.perf_counter()
         runs.transfer(recipe, output=run, resume=True, device="cpu")
         resumed, expected = read(run / "summary.json"), read(whole / "summary.json")
         assert resumed["val_loss"] == expected["val_loss"]
+        assert (run / "start.json").read_text() == start, "its initialiser, and what that cost, is the first session's"
+        both = spent + time.perf_counter() - began
+        assert 0.5 * both < resumed["seconds"] < both, "the bill holds what both sessions took"
+        assert spent > sum(line["seconds"] for line in lines[-1:])
         for mine, right in zip(resumed["stages"], expected["stages"], strict=True):
             assert {k: mine[k] for k in ("name", "updates", "samples", "val_loss", "best_samples", "text_tokens")} == {
                 k: right[k] for k in ("name", "updates", "samples", "val_loss", "best_samples", "text_tokens")
@@ -554,3 +563,27 @@ def test_of_several_processes_one_writes(tiny: Tiny, tmp_path: Path, monkeypatch
     assert check_run(recipe, tmp_path / "run", resume=False, overwrite=False) == path
     create_run(recipe, path, resume=False).write("summary.json", {})
     assert files(tmp_path) == before
+
+
+def test_a_run_writes_out_the_prompt_that_it_takes_from_the_source(tiny: Tiny, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny.source, source)
+    manifest = json.loads((source / "vlm/manifest.json").read_text())
+    manifest["prompt"] |= {"template": "Say:<image>\nSay:", "end": True}
+    (source / "vlm/manifest.json").write_text(json.dumps(manifest))
+    recipe = tiny.transfer_recipe().model_copy(update={"source": SourceConfig(vpg=str(source))})
+    for stated, template, end in (
+        (None, "Say:<image>\nSay:", True),
+        (PromptConfig(end=False), "Say:<image>\nSay:", False),
+        (PromptConfig(template="<image> is"), "<image> is", True),
+    ):
+        asked = recipe.model_copy(update={"prompt": stated})
+        path = runs.transfer(asked, output=tmp_path / f"run{end}{len(template)}", device="cpu")
+        written = load_recipe(path / "recipe.yaml").prompt
+        assert written is not None
+        assert (written.template, written.end) == (template, end)
+        assert json.loads((path / "vlm/manifest.json").read_text())["prompt"]["template"] == template
+        check_run(asked, path, resume=True, overwrite=False)  # the same recipe still
+        with pytest.raises(OutputError, match=r"differs in prompt\.template"):
+            check_run(recipe.model_copy(update={"prompt": PromptConfig(template="<image>?")}), path, resume=True,
+                      overwrite=False)  # fmt: skip

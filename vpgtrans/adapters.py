@@ -1,5 +1,6 @@
 """LoRA adapters: their tensors taken out, put back strictly, read from a directory that peft alone can read too."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def open_adapter(model: Any, directory: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a readable adapter ({error})") from error
     config.inference_mode = True
+    # What it names is where the base lay when it was trained; whether this is the same base is checked before.
+    config.base_model_name_or_path = model.name_or_path
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError as error:  # its target modules are not in this model
         raise CheckpointError(f"{directory}: the adapter does not fit {type(model).__name__}: {error}") from error
     put_adapter(adapted, state, where=str(directory))

@@ -4,6 +4,7 @@ The input-embedding space is that of `inputs_embeds`: what the embedding layer r
 anything the model does to `inputs_embeds` itself (OPT's `project_in`, Granite's multiplier).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -186,15 +187,16 @@ def open_llm(
     config = _config(reference, directory, trust_remote_code=trust_remote_code)
     text = _causal_config(reference, config)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=text,
-            key_mapping=None if text is config else _TEXT_KEYS,
-            dtype=dtype or torch.bfloat16,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _no_bar():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=text,
+                key_mapping=None if text is config else _TEXT_KEYS,
+                dtype=dtype or torch.bfloat16,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{reference}: the model in {directory} can't be loaded: {error}") from error
     if info["missing_keys"]:
@@ -213,6 +215,18 @@ def open_llm(
         _verify_causal(llm)
         _verify_inputs_embeds(llm)
     return llm
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Within the block transformers shows no progress of reading tensors: it is done before one can look."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _fold_head(model: Any) -> None:

@@ -218,7 +218,8 @@ class Recipe(Config):
     target: TargetConfig
     initialiser: InitialiserConfig = InitialiserConfig()
     """A bare string is short for `{kind: STRING}`."""
-    prompt: PromptConfig = PromptConfig()
+    prompt: PromptConfig | None = None
+    """Keys that are left out are the source's own, or the defaults where it has none; a run writes all of them out."""
     data: DataConfig
     stages: list[Stage] = Field(min_length=1)
     trainer: TrainerConfig = TrainerConfig()

@@ -125,9 +125,12 @@ def cell(value: Any) -> str:
 def _render(table: Any) -> None:
     from rich.console import Console
 
-    # a fixed width where there is no terminal, so that a redirected table is not folded at 80 columns
-    console = Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+    # where there is no terminal, as wide as the table needs, so that a redirected one is not folded at 80 columns
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        Console(soft_wrap=False).print(table)
+        return
+    wide = Console(width=200)
+    Console(width=min(200, max(80, wide.measure(table).maximum))).print(table)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:

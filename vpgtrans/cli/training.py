@@ -1,7 +1,7 @@
 """What `transfer` and `train` share: their options, and what they print when a run is done."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,49 @@ def show(path: Path, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
         console.print_json({**summary, "output": str(path)})
         return
-    console.print_pairs(summary, title=f"run {path}")
-    samples = _read(path / "samples.json")
-    shown = [{k: v for k, v in row.items() if k != "image"} for row in samples[:SAMPLES_SHOWN] if isinstance(row, dict)]
-    if shown:
+    console.print_pairs(_readable(summary), title=f"run {path}")
+    stages = [
+        {key: stage.get(key) for key in _STAGE} | {"time": _time(stage["seconds"])} for stage in summary["stages"]
+    ]
+    console.print_rows(stages, title="stages")
+    samples = [row for row in _read(path / "samples.json")[:SAMPLES_SHOWN] if isinstance(row, dict)]
+    if samples:
+        shown = [{key: _line(row.get(key)) for key in ("reference", "before", "after")} for row in samples]
         console.print_rows(shown, title="captions of images it has not seen")
     for name, what in (("vlm", "model"), ("report.html", "report")):
         if (path / name).exists():
             click.echo(f"{what}: {path / name}")
     if (path / "vlm").exists():
         click.echo(f"try it: vpgtrans caption {path / 'vlm'} IMAGE")
+
+
+_STAGE = ("name", "updates", "samples", "val_loss")
+
+
+def _readable(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary in a reader's words and units; `--json` has all of it."""
+    metrics, converter = summary["metrics"], summary["converter"]
+    shown: dict[str, Any] = {
+        "first projector": summary["initialiser"],
+        "validation loss": f"{summary['val_loss']:.3f} nats a token",
+        "held-out captions": f"token F1 {metrics['token_f1']:.2f}, exact {metrics['exact_match']:.0%}, "
+        f"CIDEr {metrics['cider']:.2f} ({metrics['count']} images)",
+        "time": _time(summary["seconds"]),
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB",
+    }
+    if converter["shared_tokens"] is not None:
+        shown["word converter"] = f"{converter['shared_tokens']:,} shared tokens, {converter['seconds']:.1f} s"
+    return shown
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _line(text: Any) -> str:
+    """The first line of a text, which is where an untrained model says something, if anything."""
+    lines = str(text or "").strip().splitlines()
+    return (lines[0] + (" …" if len(lines) > 1 else "")) if lines else ""
 
 
 def _read(path: Path) -> list[Any]:

@@ -16,7 +16,7 @@ from vpgtrans.cli.options import Examples
     vpgtrans transfer recipes/quickstart.yaml
     vpgtrans transfer recipes/quickstart.yaml seed=1 stages.warmup.budget.samples=2000
     vpgtrans transfer recipes/quickstart.yaml target.llm=hf:Qwen/Qwen3-0.6B --output runs/qwen
-    vpgtrans transfer recipes/quickstart.yaml --output runs/qwen --resume
+    vpgtrans transfer recipes/quickstart.yaml target.llm=hf:Qwen/Qwen3-0.6B --output runs/qwen --resume
     """,
 )
 @training.training_options

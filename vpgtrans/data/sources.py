@@ -36,7 +36,7 @@ class Captions:
             if column not in available:
                 raise DataError(
                     f"{name}: no column {column!r} for the {role}; the columns are {', '.join(available)} "
-                    f"(name another with `{role}:` in the data source)"
+                    f"(name another with `{role}:` in the data source, or --{role})"
                 )
         self.source = source
         self.name = name

@@ -32,7 +32,7 @@ from vpgtrans.runs.parts import (
     open_source,
     pick_device,
 )
-from vpgtrans.runs.start import begin, prepare
+from vpgtrans.runs.start import begin, prepare, with_prompt
 from vpgtrans.runs.training import Interrupted, run_stages
 from vpgtrans.transfer.initialisers import initialise
 
@@ -86,7 +86,7 @@ def compare(
         recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})
     path = check_run(recipe, output, resume=resume, overwrite=overwrite, may_differ=_MAY_DIFFER)
     where = pick_device(device)
-    _check(recipe, arms, where)
+    recipe = _check(recipe, arms, where)
     run = create_run(recipe, path, resume=resume)
     curves: dict[str, list[Curve]] = {}
     figures: dict[str, list[dict[str, Any]]] = {}
@@ -124,8 +124,10 @@ def compare(
     return summary
 
 
-def _check(recipe: Recipe, arms: list[str], device: torch.device) -> None:
+def _check(recipe: Recipe, arms: list[str], device: torch.device) -> Recipe:
     """Open all that the arms need and make their first projectors, so that nothing is written where one can't be.
+
+    Returns the recipe with its prompt written out.
 
     Raises:
         UserError, IntegrityError: what an arm would stop at.
@@ -142,6 +144,7 @@ def _check(recipe: Recipe, arms: list[str], device: torch.device) -> None:
             context.pairs()
         else:
             initialise(config, context)
+    return with_prompt(recipe, source)
 
 
 def speedups(curves: dict[str, list[Curve]], base: str, *, floor: int = 1) -> dict[str, dict[str, Any] | None]:

@@ -72,13 +72,19 @@ def check_run(
     if resume and not present:
         raise OutputError(f"{path} holds no run to resume; leave --resume out to start one")
     if resume:
-        earlier = load_recipe(path / _RECIPE)
-        differ = _differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        earlier = load_recipe(path / _RECIPE).model_dump(mode="json")
+        now = recipe.model_dump(mode="json")
+        if earlier["prompt"] is not None:  # keys that the recipe leaves to the source were written out
+            stated = {} if recipe.prompt is None else recipe.prompt.model_dump(include=recipe.prompt.model_fields_set)
+            now["prompt"] = earlier["prompt"] | stated
+        differ = _differences(earlier, now)
         wrong = [key for key in differ if not any(key == free or key.startswith(f"{free}.") for free in may_differ)]
         if wrong:
             but = f" but for {', '.join(may_differ)}" if may_differ else ""
+            begun = json.loads((path / _ENVIRONMENT).read_text()).get("command")
             raise OutputError(
-                f"{path} was begun with another recipe (differs in {', '.join(wrong)}); resume needs the same one{but}"
+                f"{path} was begun with another recipe (differs in {', '.join(wrong)}); resume needs the same one, "
+                f"overrides included{but} (it was begun by: {begun})"
             )
     return path
 

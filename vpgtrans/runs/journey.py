@@ -2,7 +2,8 @@
 
 import base64
 import io
-import time
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,14 +23,17 @@ from vpgtrans.report import write_report
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import check_run, create_run
 from vpgtrans.runs.parts import check_references, flushed_denormals, open_mixture, open_source, pick_device, readable
-from vpgtrans.runs.start import Start, begin, describe, prepare
+from vpgtrans.runs.start import Start, begin, describe, prepare, with_prompt
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
 from vpgtrans.training.parts import changed_parts
 from vpgtrans.vision.preprocess import to_rgb
 from vpgtrans.vlm import VLM
 from vpgtrans.vlm_directory import save_vlm
 
+_LOGGER = logging.getLogger(__name__)
+_START = "start.json"
 SAMPLES_SHOWN = 24
 """Held-out images in the report."""
 
@@ -75,7 +79,7 @@ def _journey(
     dry_run: bool = False,
     device: str = "auto",
 ) -> Path:
-    started = time.perf_counter()
+    clock = Clock()
     forget()
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
@@ -83,16 +87,21 @@ def _journey(
     # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
+    _LOGGER.info("opening the source %s and the target %s", _named(recipe.source.vpg), recipe.target.llm)
     source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     prepared = prepare(recipe, device=where, source=source, train=train_data)
+    recipe = with_prompt(recipe, source)
     if dry_run:
         describe(recipe, prepared, validation)
+        _LOGGER.info("dry run: nothing was trained or written")
         return path
-    start = begin(recipe, prepared, validation)
+    earlier = json.loads((path / _START).read_text()) if resume and (path / _START).is_file() else None
+    start = begin(recipe, prepared, validation, earlier=earlier)
     del prepared  # the embedding tables of both LLMs: gigabytes that training has no use for
     vlm = start.vlm
     run = create_run(recipe, path, resume=resume)
     run.write("initialisers.json", start.table)
+    run.write(_START, start.to_json())
     order = np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]
     shown, images = readable(validation, [int(row) for row in order])
     first = first_process()
@@ -107,6 +116,7 @@ def _journey(
         validation=validation,
         resume=resume,
         initial_seconds=start.seconds,
+        clock=clock,
     )
     start_span()  # what comes now is no stage's
     if not first:
@@ -121,8 +131,7 @@ def _journey(
         "metrics": score(predictions, references),
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
-        # a resumed run's bill holds what was spent before it was interrupted
-        "seconds": max(time.perf_counter() - started, start.seconds + sum(result.seconds for result in results)),
+        "seconds": clock(),
         "peak_memory_bytes": max(overall_peak(), *(result.peak_memory_bytes for result in results)),
     }
     run.write("summary.json", summary)
@@ -137,6 +146,10 @@ def _journey(
     )
     write_report(run.path)
     return run.path
+
+
+def _named(vpg: str | VPGConfig) -> str:
+    return vpg if isinstance(vpg, str) else f"from scratch ({vpg.encoder.kind}, {vpg.connector.kind})"
 
 
 def _lineage(recipe: Recipe, start: Start) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,10 @@ SCORING_IMAGES = 96
 """Images on which an initialiser is calibrated, and as many held-out ones on which it is scored."""
 
 
+Each = Callable[[dict[str, Any]], None] | None
+"""What is called with each row of the table as soon as it is scored."""
+
+
 @dataclass
 class Prepared:
     """All that is open before a projector for the target exists."""
@@ -60,6 +65,11 @@ class Start:
     """Of the initialiser, its scoring included where it is `auto`: part of the bill."""
     memory: int
     """Its peak in bytes, of the whole process."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run needs to begin the same way without scoring anything again."""
+        config = self.initialisation.config.model_dump(mode="json")
+        return {"initialiser": config, "seconds": self.seconds, "memory_bytes": self.memory, "table": self.table}
 
 
 def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixture) -> Prepared:
@@ -89,24 +99,29 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
         captions=[train.caption(row) for row in rows],
         seed=recipe.seed,
     )
-    return Prepared(source, llm, _prompt(recipe, source), context, device)
+    prompt = with_prompt(recipe, source).prompt
+    assert prompt is not None
+    return Prepared(source, llm, prompt, context, device)
 
 
-def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Choice:
+def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture, *, each: Each = None) -> Choice:
     """Make and score the initialisers that the context allows; the one that `auto` takes is marked."""
-    return choose(recipe.initialiser, prepared.context, scoring=_scoring(recipe, prepared, validation))
+    return choose(recipe.initialiser, prepared.context, scoring=_scoring(recipe, prepared, validation, each))
 
 
-def score_others(recipe: Recipe, prepared: Prepared, *, train: Mixture, validation: Mixture) -> list[ProbeRow]:
+def score_others(
+    recipe: Recipe, prepared: Prepared, *, train: Mixture, validation: Mixture, each: Each = None
+) -> list[ProbeRow]:
     """Rows of what `auto` doesn't try: the slow converters, and `random` behind a connector with random weights."""
     config, context = recipe.initialiser, prepared.context
-    found = probe(slow_candidates(config, context), context, scoring=_scoring(recipe, prepared, validation))
+    slow = slow_candidates(config, context)
     vpg = fresh_connector(prepared.source.vpg, seed=recipe.seed).to(prepared.device)
     fresh = replace(prepared, source=replace(prepared.source, vpg=vpg))
     tokens, rows = visual_tokens(vpg, train, _sample(train))
     context = replace(context, visual_tokens=tokens, captions=[train.caption(row) for row in rows])
     random = config.model_copy(update={"kind": "random"})
-    found += probe([random], context, scoring=_scoring(recipe, fresh, validation))
+    found = probe([random], context, scoring=_scoring(recipe, fresh, validation, each))
+    found += probe(slow, prepared.context, scoring=_scoring(recipe, prepared, validation, each))
     return [row for row, _ in found]
 
 
@@ -115,7 +130,7 @@ def _sample(train: Mixture) -> list[int]:
     return [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
 
 
-def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Scoring:
+def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture, each: Each = None) -> Scoring:
     context = prepared.context
     rows = [int(row) for row in np.random.default_rng(2).permutation(len(validation))[:SCORING_IMAGES]]
     tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows)
@@ -125,18 +140,24 @@ def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Scoring
         captions=[validation.caption(row) for row in held_out],
         copy_test=CopyTest(context.source, prepared.llm) if context.source is not None else None,
         seed=recipe.seed,
+        each=(lambda row: each(row.to_json())) if each is not None else None,
     )
 
 
-def begin(recipe: Recipe, prepared: Prepared, validation: Mixture) -> Start:
+def begin(recipe: Recipe, prepared: Prepared, validation: Mixture, *, earlier: dict[str, Any] | None = None) -> Start:
     """Make the first projector and join the parts.
+
+    earlier: `Start.to_json` of the run that is resumed; what it chose is taken, and its bill kept.
 
     Raises:
         TransferError: the initialiser can't be made from what there is; the tokenizers share too few tokens.
     """
     started = time.perf_counter()
     start_span()
-    if recipe.initialiser.kind == "auto":
+    if earlier is not None:
+        made = initialise(InitialiserConfig.model_validate(earlier["initialiser"]), prepared.context)
+        table, seconds, memory = earlier["table"], earlier["seconds"], earlier["memory_bytes"]
+    elif recipe.initialiser.kind == "auto":
         if prepared.context.source is not None:
             prepared.context.pairs()  # raises: quietly taking `inherit` is not what a transfer was asked for
         choice = score_candidates(recipe, prepared, validation)
@@ -197,7 +218,8 @@ def _projector_config(recipe: Recipe, source: Source) -> ProjectorConfig:
     return source.projector.config.model_copy(update={"tail": False}) if source.projector else ProjectorConfig()
 
 
-def _prompt(recipe: Recipe, source: Source) -> PromptConfig:
-    """The recipe's prompt if it states one, else the source's own."""
-    stated = "prompt" in recipe.model_fields_set
-    return recipe.prompt if stated or source.prompt is None else source.prompt
+def with_prompt(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with its prompt written out: what it states, and for the rest the source's own."""
+    own = source.prompt or PromptConfig()
+    stated = {} if recipe.prompt is None else recipe.prompt.model_dump(include=recipe.prompt.model_fields_set)
+    return recipe.model_copy(update={"prompt": own.model_copy(update=stated)})

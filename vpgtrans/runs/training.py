@@ -14,7 +14,7 @@ from vpgtrans.processes import first_process
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.directory import RunDirectory
-from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
+from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Clock, Progress
 from vpgtrans.training.fit import RunLog, StageResult, StageRun
 from vpgtrans.training.parts import changed_parts, put_state, set_trainable, table, take_state
 from vpgtrans.training.samples import BadSamples
@@ -31,7 +31,9 @@ class Interrupted(VpgTransError):
 
     def __init__(self, signum: int, where: str):
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name}; a checkpoint is in {where}, --resume continues from it")
+        super().__init__(
+            f"stopped by {name}; a checkpoint is in {where}; the same command with --resume goes on from it"
+        )
         self.exit_code = 128 + signum
 
 
@@ -45,13 +47,15 @@ def run_stages(
     resume: bool,
     keep_checkpoints: bool = True,
     initial_seconds: float = 0.0,
+    clock: Clock | None = None,
 ) -> list[StageResult]:
     """Train through all stages; the VLM is left at the best validation of the last one.
 
     Writes metrics.jsonl, trainable.json, skipped.jsonl and checkpoints into `run`.
 
     Args:
-        initial_seconds: what came before on the bill (converter, probe).
+        initial_seconds: what came before on the bill (converter, probe). clock: of the run; it is set to go on from an
+            earlier session's time.
 
     Raises:
         TrainingError: a loss that is not finite, or too many unreadable images. Interrupted: SIGINT or SIGTERM.
@@ -59,7 +63,7 @@ def run_stages(
     # Of several processes the first one writes; the others do the same work on their share of each batch.
     first = first_process()
     log = RunLog(run.metrics, writes=first)
-    checkpoints = Checkpoints(run.checkpoints, writes=first) if keep_checkpoints else None
+    checkpoints = Checkpoints(run.checkpoints, writes=first, clock=clock) if keep_checkpoints else None
     found = checkpoints.load() if checkpoints and resume else None
     progress = found.progress if found else Progress(seconds=initial_seconds)
     resumed_stage = progress.stage

@@ -1,6 +1,7 @@
 """`evaluate`, `caption`, `probe` and `validate`: using what there is, without training."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def evaluate(
     vlm: str,
     *,
     data: list[str],
+    columns: Mapping[str, str] | None = None,
     samples: int | None = None,
     max_new_tokens: int = 32,
     device: str = "auto",
@@ -59,13 +61,17 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
 
+    columns: names of the data sets' columns, as in a recipe's data source.
+
     Raises:
         DataError: a data set doesn't open. ReferenceError_, CheckpointError: the VLM.
     """
     sets = {}
     for name in data:
         dataset, split = _dataset_and_split(name)
-        sets[name] = open_captions(DataSource(dataset=dataset, split=split, limit=samples))
+        sets[name] = open_captions(
+            DataSource.model_validate({"dataset": dataset, "split": split, "limit": samples, **(columns or {})})
+        )
     opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
     found: dict[str, dict[str, Any]] = {}
     for name, captions in sets.items():
@@ -90,8 +96,16 @@ def evaluate(
     return found
 
 
-def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -> list[dict[str, Any]]:
+def probe(
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    device: str = "auto",
+    each: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
     """Score every initialiser without training; the row that `auto` would take is marked `chosen`.
+
+    each: called with a row as soon as it is scored, the slow ones last.
 
     Raises:
         RecipeError: the recipe has no source to transfer.
@@ -107,8 +121,8 @@ def probe(recipe: Recipe, *, output: Path | None = None, device: str = "auto") -
     recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "auto"})})
     source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     prepared = prepare(recipe, device=where, source=source, train=train)
-    choice = score_candidates(recipe, prepared, validation)
-    others = score_others(recipe, prepared, train=train, validation=validation)
+    choice = score_candidates(recipe, prepared, validation, each=each)
+    others = score_others(recipe, prepared, train=train, validation=validation, each=each)
     rows = [row.to_json() for row in [*choice.rows, *others]]
     if output is not None:
         try:

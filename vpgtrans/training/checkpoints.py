@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ class Progress:
     """val_loss, samples and update of the best validation in this stage."""
     finished: list[dict[str, Any]] = field(default_factory=list)
     """Results of the stages that are done."""
+    elapsed: float = 0.0
+    """Seconds of all sessions, everything included."""
+
+
+class Clock:
+    """Seconds that a run has taken, those of its earlier sessions (up to the checkpoint it goes on from) included."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self.before = 0.0
+
+    def __call__(self) -> float:
+        return self.before + time.perf_counter() - self._begun
 
 
 @dataclass
@@ -55,9 +69,10 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, in `directory`."""
 
-    def __init__(self, directory: Path, *, keep: int = 2, writes: bool = True):
+    def __init__(self, directory: Path, *, keep: int = 2, writes: bool = True, clock: Clock | None = None):
         """writes: whether `save` does anything; of several processes only the first one's does."""
         self.directory = directory
+        self.clock = clock or Clock()
         self.keep = keep
         self.writes = writes
 
@@ -66,6 +81,7 @@ class Checkpoints:
         if not self.writes:
             return
         progress = checkpoint.progress
+        progress.elapsed = self.clock()
         target = self.directory / f"{progress.stage:02d}-{progress.update:08d}"
         for left in self.directory.glob(".*.tmp"):
             shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it wrote
@@ -98,10 +114,13 @@ class Checkpoints:
         problems = []
         for directory in reversed(self._all()):
             try:
-                return self._read(directory)
+                found = self._read(directory)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
                 _LOGGER.warning("%s is passed over: %s", directory, error)
                 problems.append(f"{directory}: {error}")
+            else:
+                self.clock.before = found.progress.elapsed
+                return found
         if problems:
             raise CheckpointError("no checkpoint is whole:\n" + "\n".join(problems))
         return None

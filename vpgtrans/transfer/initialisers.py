@@ -97,6 +97,8 @@ class Initialisation:
     kind: str
     name: str
     report: dict[str, Any] = field(default_factory=dict)
+    config: InitialiserConfig = field(default_factory=InitialiserConfig)
+    """What it was made by; never `auto`."""
 
 
 def initialise(
@@ -131,6 +133,7 @@ def initialise(
     if prompts is not None:
         result.report["prompt_norm_ratio"] = rms(prompts) / context.target.word_rms
     result.report["seconds"] = time.perf_counter() - start
+    result.config = config
     log.debug("%s: %.1f s", result.name, result.report["seconds"])  # who asked for it says so to the user
     return result
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,7 +60,7 @@ class Scoring:
 
     Attributes:
         caption_nll: `VLM.caption_nll` of the target. visual_tokens [n, T, d_vpg], captions: held-out images for it.
-        copy_test: of source words and target LLM.
+        copy_test: of source words and target LLM. each: called with a row as soon as it is scored.
     """
 
     caption_nll: CaptionNLL | None = None
@@ -68,6 +68,7 @@ class Scoring:
     captions: Sequence[str] | None = None
     copy_test: CopyTest | None = None
     seed: int = 0
+    each: Callable[["ProbeRow"], None] | None = None
 
 
 @dataclass
@@ -124,11 +125,19 @@ def probe(
     results = []
     for config in candidates:
         if config.kind == "converter" and config.fit in ("omp", "sgd"):
-            log.info("%s: fitted twice, which may take minutes where tables are large", config.fit)
+            log.info("%s: fitted twice, which takes a minute or more where tables are large", config.fit)
         row, made = _score(config, context, scoring, fits)
         results.append((row, made))
-        log.info("%s: %s", row.name, row.note or f"copy gap {row.copy_gap_recovered}, image gap {row.image_gap}")
+        if scoring.each is not None:
+            scoring.each(row)
+        log.info("%s: %s", row.name, row.note or _said(row))
     return results
+
+
+def _said(row: ProbeRow) -> str:
+    """A row's scores, as far as it has any."""
+    scores = {"copy gap": row.copy_gap_recovered, "loss": row.step0_loss, "image gap": row.image_gap}
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if value is not None) or "not scored"
 
 
 def choose(config: InitialiserConfig, context: Context, *, scoring: Scoring | None = None) -> Choice:
