@@ -115,18 +115,18 @@ def initialisers() -> list[dict]:
 
 
 def trainable() -> list[dict]:
-    """What each stage trained."""
+    """What each stage trained; `parameters` counts a part with its adapter, `trained` those that move."""
     rows = [
-        ("warmup", "encoder", "frozen", 3_371_072, None),
-        ("warmup", "connector", "frozen", 2_841_600, None),
-        ("warmup", "projector", "full", 172_480, 5e-3),
-        ("warmup", "llm", "frozen", 268_098_176, None),
-        ("finetune", "encoder", "frozen", 3_371_072, None),
-        ("finetune", "connector", "full", 2_841_600, 5e-4),
-        ("finetune", "projector", "full", 172_480, 1.25e-3),
-        ("finetune", "llm", "lora", 1_898_496, 5e-4),
+        ("warmup", "encoder", "frozen", 3_371_072, 0, None),
+        ("warmup", "connector", "frozen", 2_841_600, 0, None),
+        ("warmup", "projector", "full", 172_480, 172_480, 5e-3),
+        ("warmup", "llm", "frozen", 268_098_176, 0, None),
+        ("finetune", "encoder", "frozen", 3_371_072, 0, None),
+        ("finetune", "connector", "full", 2_841_600, 2_841_600, 5e-4),
+        ("finetune", "projector", "full", 172_480, 172_480, 1.25e-3),
+        ("finetune", "llm", "lora", 269_996_672, 1_898_496, 5e-4),
     ]
-    return [dict(zip(("stage", "part", "mode", "parameters", "lr"), row, strict=True)) for row in rows]
+    return [dict(zip(("stage", "part", "mode", "parameters", "trained", "lr"), row, strict=True)) for row in rows]
 
 
 def write_run(run: Path) -> Path:

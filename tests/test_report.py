@@ -136,8 +136,10 @@ def test_an_image_gap_around_zero_is_said(run: Path) -> None:
 
 def test_trainable_table_shows_every_part(run: Path) -> None:
     section = Page(write_report(run)).section("trainable")
-    assert "warmup: 172,480 parameters trained" in section
-    assert "finetune: 4,912,576 parameters trained" in section
+    assert "warmup: 172,480 of 274,483,328 parameters trained" in section
+    assert "finetune: 4,912,576 of 276,381,824 parameters trained" in section
+    llm = re.search(r">lora<.*?</tr>", section, re.DOTALL).group()
+    assert re.findall(r">([\d,]+)<", llm) == ["269,996,672", "1,898,496"]
     assert ">1.25e-3<" in section
     assert section.count("frozen") == 4
 

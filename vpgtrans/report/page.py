@@ -310,21 +310,28 @@ def _add_probe_row(table: Table, row: dict[str, Any]) -> None:
 
 
 def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
-    """One table a stage: part, mode, parameters, learning rate."""
+    """One table a stage: part, mode, parameters, how many of them train, learning rate."""
     tables = []
     for stage in dict.fromkeys(str(row.get("stage", "")) for row in rows):
         parts = [row for row in rows if str(row.get("stage", "")) == stage]
-        trained = [
-            row["parameters"] for row in parts if row.get("mode") != "frozen" and fmt.is_number(row.get("parameters"))
-        ]
+        trained, present = (
+            sum(row[key] for row in parts if fmt.is_number(row.get(key))) for key in ("trained", "parameters")
+        )
         table = Table(
-            f"{stage}: {fmt.count(sum(trained))} parameters trained",
-            [Head("Part", numeric=False), Head("Mode", numeric=False), Head("Parameters"), Head("Learning rate")],
+            f"{stage}: {fmt.count(trained)} of {fmt.count(present)} parameters trained",
+            [
+                Head("Part", numeric=False),
+                Head("Mode", numeric=False),
+                Head("Parameters"),
+                Head("Of them train"),
+                Head("Learning rate"),
+            ],
         )
         for row in parts:
             mode = str(row.get("mode", ""))
             rate = fmt.learning_rate(row.get("lr")) if mode != "frozen" else fmt.NOTHING
-            table.add(str(row.get("part", "")), mode, fmt.count(row.get("parameters")), rate)
+            figures = (fmt.count(row.get(key)) for key in ("parameters", "trained"))
+            table.add(str(row.get("part", "")), mode, *figures, rate)
         tables.append(table)
     return tables
 
