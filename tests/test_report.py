@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vpgtrans.report import format as fmt
 from vpgtrans.report import write_compare_report, write_report
 from vpgtrans.report.curves import run_curves, smooth, thin
 from vpgtrans.report.page import same_words
+from vpgtrans.report.plots import label_rows
 from vpgtrans.report.style import PALETTE
 
 SECTIONS = ["bill", "curves", "initialisers", "images", "trainable", "recipe", "environment"]
@@ -348,6 +350,37 @@ def test_smoothing_stays_within_the_values_and_thinning_keeps_the_end(values: li
     assert len(kept) <= 21
     assert kept[0] == points[0]
     assert kept[-1] == points[-1]
+
+
+# --- the chart's labels -------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(1, 400), st.floats(20, 150)), min_size=1, max_size=8))
+def test_stage_labels_never_touch(stages: list[tuple[float, float]]) -> None:
+    stops = list(accumulate(length for length, _ in stages))
+    spans = [(stop - length, stop) for stop, (length, _) in zip(stops, stages, strict=True)]
+    widths = [width for _, width in stages]
+    places = label_rows(spans, widths, limit=stops[-1] + 100)
+    shown = [(row, x, x + width) for place, width in zip(places, widths, strict=True) if place for x, row in [place]]
+    assert shown
+    for (row, _, stop), (other, start, _) in pairwise(sorted(shown)):
+        assert row != other or stop < start
+
+
+def test_a_stage_narrower_than_its_name_is_named_on_a_row_of_its_own(run: Path) -> None:
+    lines = [{"stage": "warmup", "update": 1, "samples": 32, "loss": 4.0, "lr": 2e-3}]
+    lines += [
+        {"stage": "finetune", "update": n, "samples": 32 + 16 * n, "loss": 2.0, "lr": 5e-4 * (1 - n / 100)}
+        for n in range(1, 101)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawings = re.findall(r"<svg.*?</svg>", Page(write_report(run)).source, re.DOTALL)
+    for drawing in drawings:
+        rows = [
+            float(re.search(rf'<text[^>]* y="([\d.]+)"[^>]*>{text}<', drawing).group(1))
+            for text in ("warmup: 32 samples", "finetune")
+        ]
+        assert rows[1] - rows[0] > 12
 
 
 # --- numbers ------------------------------------------------------------------------------------

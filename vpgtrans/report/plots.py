@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vpgtrans.errors import DataError, OutputError
@@ -27,7 +29,7 @@ from vpgtrans.report.style import LIGHT, arm_styles, inline_svg
 Width = Literal["wide", "narrow"]
 
 _PIXELS: dict[str, int] = {"wide": 960, "narrow": 330}
-_RC = {
+_RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vpgtrans",
     "text.parse_math": False,
@@ -101,76 +103,39 @@ def _figure(width: Width, height: float) -> Figure:
 # --- one run ------------------------------------------------------------------------------------
 
 
+_TITLE, _ROW, _AXIS, _BETWEEN = 30, 17, 56, 46
+"""Pixels of a run's chart: title row, row of labels, the samples axis, and between both panels."""
+
+
 def _run_figure(curves: RunCurves, *, width: Width) -> Figure:
     wide = width == "wide"
-    figure = _figure(width, 460 if wide else 430)
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, right = (64, 100) if wide else (44, 12)
-    figure.subplots_adjust(
-        left=left / _PIXELS[width], right=1 - right / _PIXELS[width], top=0.91, bottom=0.13, hspace=0.2
-    )
+    inner = _PIXELS[width] - left - right
     end = max([stage[2] for stage in curves.stages] + [1.0])
-
-    if curves.train:
-        window = max(1, len(curves.train) // 25)
-        if window > 2:
-            losses.plot(*_xy(thin(curves.train)), color=LIGHT["series-2"], linewidth=0.7, alpha=0.35)
-        line = thin(smooth(curves.train, window=window))
-        losses.plot(*_xy(line), color=LIGHT["series-2"], linewidth=1.6, linestyle=(0, (2, 1.2)))
-    if curves.validation:
-        losses.plot(*_xy(curves.validation), color=LIGHT["accent"], linewidth=2.2, marker="o", markersize=3.6)
-    _log_y(losses, [value for _, value in curves.validation + curves.train])
-    losses.set_title("Loss (nats a token)", loc="left", color=LIGHT["muted"], fontsize=12, pad=22)
-    best = curves.best
-    if best:
-        losses.plot(
-            *best,
-            marker="o",
-            markersize=10,
-            markerfacecolor="none",
-            markeredgecolor=LIGHT["accent"],
-            markeredgewidth=1.6,
-            clip_on=False,
-        )
-        losses.annotate(
-            f"best {decimal(best[1])}",
-            best,
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="right" if best[0] > 0.85 * end else "center",
-            va="bottom",
-            color=LIGHT["accent"],
-            fontweight="bold",
-        )
-    _direct_labels(
-        losses,
-        [
-            (text, points[-1][1], role)
-            for text, points, role in (
-                ("validation", curves.validation, "accent"),
-                ("training", smooth(curves.train, window=max(1, len(curves.train) // 25)), "series-2"),
-            )
-            if points
-        ],
-        inside=not wide,
+    stages = _stage_labels(curves, scale=inner / end, limit=inner + right - 4)
+    rows = 1 + max([row for *_, row in stages], default=0)
+    keys = 0 if wide else _ROW + 8  # on a phone, a row of line keys in place of labels at the curves' ends
+    part_keys = _ROW + 4 if any(curves.rates) else 0
+    head, between = _TITLE + _ROW * rows + keys, _BETWEEN + part_keys
+    panels = (280, 95) if wide else (240, 80)
+    height = head + sum(panels) + between + _AXIS
+    figure = _figure(width, height)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=panels)
+    figure.subplots_adjust(
+        left=left / _PIXELS[width],
+        right=1 - right / _PIXELS[width],
+        top=1 - head / height,
+        bottom=_AXIS / height,
+        hspace=between / (sum(panels) / 2),
     )
-
-    styles = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-    for index, (part, points) in enumerate(curves.rates.items()):
-        rates.plot(*_xy(thin(points)), color=LIGHT["ink"], linewidth=1.5, linestyle=styles[index % len(styles)])
-        if part and wide:
-            rates.annotate(
-                part, points[-1], xytext=(8, 0), textcoords="offset points", va="center", annotation_clip=False
-            )
-    values = [value for points in curves.rates.values() for _, value in points if value > 0]
-    if values:
-        rates.set_yscale("log")
-        low, high = max(min(values), max(values) / 300) / 1.6, max(values) * 1.6  # a cosine's end says nothing
-        rates.set_ylim(low, high)
-        rates.yaxis.set_major_locator(FixedLocator(_steps(low, high, (1.0,)) or [max(values)]))
-        rates.yaxis.set_major_formatter(FuncFormatter(lambda value, _: learning_rate(value)))
-        rates.yaxis.set_minor_locator(NullLocator())
-    rates.set_title("Learning rate", loc="left", color=LIGHT["muted"], fontsize=12, pad=6)
+    _losses(losses, curves, end=end, wide=wide)
+    losses.set_title("Loss (nats a token)", loc="left", color=LIGHT["muted"], fontsize=12, pad=_ROW * rows + keys + 5)
+    if keys:
+        _line_keys(losses, above=_ROW * rows + 6)
+    _rates(rates, curves)
+    rates.set_title("Learning rate", loc="left", color=LIGHT["muted"], fontsize=12, pad=6 + part_keys)
+    if part_keys:
+        _line_keys(rates, above=1)
     rates.set_xlabel("samples seen")
     rates.set_xlim(0, end)
     rates.xaxis.set_major_locator(mpl.ticker.MaxNLocator(8 if wide else 4, steps=[1, 2, 2.5, 5, 10]))
@@ -180,17 +145,134 @@ def _run_figure(curves: RunCurves, *, width: Width) -> Figure:
         axes.tick_params(length=0, pad=5)
         for _, start, _ in curves.stages[1:]:
             axes.axvline(start, color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 3)))
-    for name, start, stop in curves.stages:
+    for text, x, row in stages:
         losses.annotate(
-            name,
-            (start, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(5 if start else 0, 5),
-            textcoords="offset points",
-            fontweight="bold",
-            annotation_clip=False,
-        ) if stop > start else None
+            text, (0, 1), xycoords="axes fraction", xytext=(x, 5 + _ROW * row), textcoords="offset points",
+            fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
     return figure
+
+
+def _losses(axes: Axes, curves: RunCurves, *, end: float, wide: bool) -> None:
+    ends = []
+    if curves.train:
+        window = max(1, len(curves.train) // 25)
+        if window > 2:
+            axes.plot(*_xy(thin(curves.train)), color=LIGHT["series-2"], linewidth=0.7, alpha=0.35)
+        line = thin(smooth(curves.train, window=window))
+        axes.plot(*_xy(line), color=LIGHT["series-2"], linewidth=1.6, linestyle=(0, (2, 1.2)), label="training")
+        ends.append(("training", line[-1][1], "series-2"))
+    if curves.validation:
+        axes.plot(
+            *_xy(curves.validation), color=LIGHT["accent"], linewidth=2.2, marker="o", markersize=3.6,
+            label="validation",
+        )  # fmt: skip
+        ends.append(("validation", curves.validation[-1][1], "accent"))
+    _log_y(axes, [value for _, value in curves.validation + curves.train])
+    if best := curves.best:
+        axes.plot(
+            *best,
+            marker="o",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgecolor=LIGHT["accent"],
+            markeredgewidth=1.6,
+            clip_on=False,
+        )
+        # Below the point is never the validation curve; above, where below is the axis.
+        below = axes.transAxes.inverted().transform(axes.transData.transform(best))[1] > 0.15
+        axes.annotate(
+            f"best {decimal(best[1])}",
+            best,
+            xytext=(0, -9 if below else 9),
+            textcoords="offset points",
+            ha="right" if best[0] > 0.85 * end else "left" if best[0] < 0.15 * end else "center",
+            va="top" if below else "bottom",
+            color=LIGHT["accent"],
+            fontweight="bold",
+            bbox={"facecolor": LIGHT["page"], "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )
+    if wide:
+        _direct_labels(axes, ends)
+
+
+def _rates(axes: Axes, curves: RunCurves) -> None:
+    """Learning rates, each stage a line of its own: linear from zero, unless one stage's are lost beside another's."""
+    peaks = []
+    styles = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+    lines = []
+    for index, (part, points) in enumerate(curves.rates.items()):
+        label = part
+        for _, start, stop in curves.stages:
+            inside = [point for point in points if start < point[0] <= stop]
+            if not inside:
+                continue
+            peaks.append(max(value for _, value in inside))
+            style = styles[index % len(styles)]
+            line = axes.plot(*_xy(thin(inside)), color=LIGHT["ink"], linewidth=1.5, linestyle=style, label=label)
+            lines += line
+            label = "_"  # one key a part
+    peaks = [peak for peak in peaks if peak > 0]
+    if not peaks:
+        return
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: learning_rate(value)))
+    if max(peaks) <= 15 * min(peaks):
+        axes.set_ylim(0, max(peaks) * 1.08)
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
+        return
+    low, high = min(peaks) / 20, max(peaks) * 1.6  # a cosine's end, zero, has no place on a log axis: it ends at `low`
+    for drawn in lines:
+        drawn.set_ydata(np.maximum(np.asarray(drawn.get_ydata(), dtype=float), low))
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(_steps(low, high, (1.0,)) or [max(peaks)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _line_keys(axes: Axes, *, above: float) -> None:
+    """Keys of the labelled lines in a row, `above` points over the axes."""
+    height = axes.bbox.height / axes.figure.dpi * 72
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1 + above / height), ncols=4, frameon=False, borderpad=0,
+        borderaxespad=0, handlelength=1.7, handletextpad=0.5, columnspacing=1.1, fontsize=11.5, labelcolor="linecolor",
+    )  # fmt: skip
+
+
+def _stage_labels(curves: RunCurves, *, scale: float, limit: float) -> list[tuple[str, float, int]]:
+    """(text, points right of the axis, row) of each stage that took samples and finds room."""
+    spans, texts = [], []
+    for name, start, stop in curves.stages:
+        if stop <= start:
+            continue
+        spans.append((start * scale + (5 if start else 0), stop * scale))
+        narrow = _text_width(name) > spans[-1][1] - spans[-1][0]
+        texts.append(f"{name}: {count(stop - start)} samples" if narrow else name)
+    places = label_rows(spans, [_text_width(text) for text in texts], limit=limit)
+    return [(text, *place) for text, place in zip(texts, places, strict=True) if place is not None]
+
+
+def _text_width(text: str) -> float:
+    font = FontProperties(family="DejaVu Sans", weight="bold")
+    return float(TextPath((0, 0), text, size=_RC["font.size"], prop=font).get_extents().width) if text.strip() else 0.0
+
+
+def label_rows(
+    spans: Sequence[tuple[float, float]], widths: Sequence[float], *, limit: float, gap: float = 12, rows: int = 3
+) -> list[tuple[float, int] | None]:
+    """Where labels stand that name the spans below them: (left end, row), none on another; None where no row has room.
+
+    The widest spans choose first and get row 0; a label stands at its span's start, or further left where it would
+    pass `limit`.
+    """
+    placed: dict[int, tuple[float, int]] = {}
+    for index in sorted(range(len(spans)), key=lambda index: spans[index][0] - spans[index][1]):
+        x = max(0.0, min(spans[index][0], limit - widths[index]))
+        for row in range(rows):
+            others = [(other, place[0]) for other, place in placed.items() if place[1] == row]
+            if all(x >= left + widths[o] + gap or x + widths[index] + gap <= left for o, left in others):
+                placed[index] = (x, row)
+                break
+    return [placed.get(index) for index in range(len(spans))]
 
 
 # --- a comparison -------------------------------------------------------------------------------
@@ -340,14 +422,8 @@ def _samples_axis(axes: Axes, samples: np.ndarray, *, ticks: int) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _direct_labels(axes: Axes, labels: Sequence[tuple[str, float, str]], *, inside: bool = False) -> None:
-    """Names at the curves' right ends (or, `inside`, at the top right), moved apart where they would overlap."""
-    if inside:
-        for index, (text, _, role) in enumerate(labels):
-            axes.text(
-                0.99, 0.95 - 0.08 * index, text, transform=axes.transAxes, ha="right", va="top", color=LIGHT[role]
-            )
-        return
+def _direct_labels(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
+    """Names at the curves' right ends, moved apart where they would overlap."""
     height = axes.bbox.height / axes.figure.dpi * 72
     gap = 17 / height
     places = [axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for _, y, _ in labels]
