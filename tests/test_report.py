@@ -162,6 +162,13 @@ def test_best_at_the_end_is_said(run: Path) -> None:
     assert "was best at the end" in Page(write_report(run)).text
 
 
+@pytest.mark.parametrize("kind", ["run", "compare"])
+def test_recipe_and_environment_are_folded(kind: str, run: Path, comparison: Path) -> None:
+    page = Page(write_report(run) if kind == "run" else write_compare_report(comparison))
+    assert "<pre" in page.section("recipe").partition("<details>")[2]
+    assert "<dl" not in page.section("environment").partition("<details>")[0]
+
+
 # --- held-out images ----------------------------------------------------------------------------
 
 

@@ -321,7 +321,7 @@ def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
             f"{stage}: {fmt.count(trained)} of {fmt.count(present)} parameters trained",
             [
                 Head("Part", numeric=False),
-                Head("Mode", numeric=False),
+                Head("Mode", "learning rate", numeric=False),
                 Head("Parameters"),
                 Head("Of them train"),
                 Head("Learning rate"),
@@ -329,9 +329,9 @@ def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
         )
         for row in parts:
             mode = str(row.get("mode", ""))
-            rate = fmt.learning_rate(row.get("lr")) if mode != "frozen" else fmt.NOTHING
+            rate = fmt.learning_rate(row["lr"]) if mode != "frozen" and row.get("lr") is not None else ""
             figures = (fmt.count(row.get(key)) for key in ("parameters", "trained"))
-            table.add(str(row.get("part", "")), mode, *figures, rate)
+            table.add(str(row.get("part", "")), Cell(mode, below=rate), *figures)
         tables.append(table)
     return tables
 
