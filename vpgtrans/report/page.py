@@ -6,7 +6,7 @@ from typing import Any
 
 from vpgtrans.report import format as fmt
 from vpgtrans.report.curves import RunCurves, run_curves
-from vpgtrans.report.html import Cell, Head, Table, sentence, write_page
+from vpgtrans.report.html import Cell, Head, Table, keep_whole, sentence, write_page
 from vpgtrans.report.plots import run_chart
 from vpgtrans.report.read import RunFiles, image_uri, read_run
 
@@ -62,7 +62,7 @@ def write_report(run: Path) -> Path:
         "report.html.jinja",
         kind="A run of vpgtrans",
         title=f"{_moved(files)} · vpgtrans",
-        headline=headline(files, curves),
+        headline=keep_whole(headline(files, curves), _names(files)),
         lead=[line for line in (_captions_line(samples), *best_notes(files.summary, curves)[:1]) if line],
         key_figures=_key_figures(files.summary),
         version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
@@ -85,9 +85,14 @@ def write_report(run: Path) -> Path:
 # --- the head -----------------------------------------------------------------------------------
 
 
-def _moved(files: RunFiles) -> str:
+def _names(files: RunFiles) -> tuple[str, str, str]:
+    """Of the VPG, the LLM it was trained with, and the target; empty where the lineage doesn't say."""
     lineage = files.lineage or {}
-    vpg, source, target = (fmt.name(lineage.get(key)) for key in ("source_vpg", "source_llm", "target_llm"))
+    return fmt.name(lineage.get("source_vpg")), fmt.name(lineage.get("source_llm")), fmt.name(lineage.get("target_llm"))
+
+
+def _moved(files: RunFiles) -> str:
+    vpg, source, target = _names(files)
     if not target:
         return "This run"
     if not (vpg or source):
