@@ -116,6 +116,7 @@ def test_figures_equal_the_json_files(run: Path) -> None:
     assert "26,911 shared tokens" in bill
     assert ">2.3 s<" in bill
     assert ">46.6 s<" in bill  # 433.2 less converter and stages
+    assert "at 10,400 samples in all" in bill
     assert "43.1 %" in page.text
     assert "2.346" in page.text
 
@@ -127,7 +128,8 @@ def test_the_chosen_start_is_marked_once_in_words(run: Path) -> None:
     assert ">chosen<" in marked[0]
     for figure in ("converter cca 0.25", "26,911", "61.2 %", "0.588", "80.3 %", "8.151", "[0.020, 0.103]", "88.0 MiB"):
         assert figure in marked[0]
-    assert "Largest image gap whose interval stays above zero." in section
+    assert "Taken: converter cca 0.25. Best image gap, its interval above zero." in section
+    assert "with the scoring of 4 starts" in Page(write_report(run)).section("bill")
     assert "no usable signal" not in section.partition("<table")[0]
 
 
@@ -162,6 +164,40 @@ def test_best_at_the_end_is_said(run: Path) -> None:
     assert "was best at the end" in Page(write_report(run)).text
 
 
+def test_figures_say_on_what_they_were_measured(run: Path) -> None:
+    head = Page(write_report(run)).source.partition("</header>")[0]
+    assert "<dt>held-out images measured</dt><dd>64</dd>" in head
+    assert "held-out images: openmoji, split validation, the loss on at most 96 of them." in head
+    assert "described exactly right" not in head
+    (run / "recipe.yaml").write_text("a: [")
+    assert "split validation" not in Page(write_report(run)).source
+
+
+def test_a_named_start_is_called_so_and_columns_without_figures_are_left_out(run: Path) -> None:
+    row = {"name": "cca(α=0.25), RMS-matched", "chosen": True, "pairs": 46_138, "seconds": 4.6, "image_gap": None}
+    rewrite(run / "initialisers.json", lambda _: [row])
+    page = Page(write_report(run))
+    section = page.section("initialisers")
+    assert "The recipe names this start, so no other was scored." in section
+    assert re.findall(r'scope="col"[^>]*>([^<]+)<', section) == ["Start", "Shared tokens", "Cost"]
+    assert re.findall(r"<li><strong>(.*?)</strong>", section) == ["cca", "RMS-matched", "Shared tokens", "Cost"]
+    assert "scoring" not in page.section("bill")
+
+
+def test_memory_too_small_to_measure_is_not_shown(run: Path) -> None:
+    section = Page(write_report(run)).section("initialisers")
+    assert "KiB" not in section
+    assert "81.0 MiB" in section
+
+
+def test_validations_at_the_same_samples_name_their_stages(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "third", "update": 0, "samples": 12000, "val_loss": 3.3}\n')
+    rows = re.findall(r'<tr role="row".*?</tr>', Page(write_report(run)).section("curves"), re.DOTALL)
+    last = [re.findall(r'class="value">([^<]+)<', row)[:2] for row in rows[-2:]]
+    assert last == [["12,000", "finetune"], ["12,000", "third"]]
+
+
 @pytest.mark.parametrize("kind", ["run", "compare"])
 def test_recipe_and_environment_are_folded(kind: str, run: Path, comparison: Path) -> None:
     page = Page(write_report(run) if kind == "run" else write_compare_report(comparison))
@@ -179,7 +215,9 @@ def test_samples_show_image_reference_before_and_after(run: Path) -> None:
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     section = page.section("images")
     assert section.count("✓ right") == 3
-    assert section.count("✗ differs") == 2 * len(runs.NAMES) - 3
+    assert section.count("words right<") + section.count("✗ no word right") == 2 * len(runs.NAMES) - 3
+    assert "“Repeat: ⟨image⟩ Repeat:”" in section
+    assert "first projector as it was made, untrained" in section
     assert "none of 8 before training and 3 of 8 after training" in page.text
     assert "characters more)" in section  # babble is cut, and the cut is said
 
@@ -202,6 +240,16 @@ def test_an_image_outside_the_run_is_refused(run: Path) -> None:
 def test_bare_file_names_are_looked_up_in_images(run: Path) -> None:
     rewrite(run / "samples.json", lambda rows: rows[0].update(image="0.png"))
     assert len(Page(write_report(run)).all("img")) == len(runs.NAMES)
+
+
+def test_captions_partly_right_say_how_many_words_are(run: Path) -> None:
+    sample = {"id": "1", "reference": "man vampire", "before": "Repeat:", "after": "vampire"}
+    rewrite(run / "samples.json", lambda _: [sample] * 11)
+    section = Page(write_report(run)).section("images")
+    assert section.count('<span class="verdict partly">67 % words right</span>') == 11
+    assert section.count("✗ no word right") == 11
+    assert section.partition("The other 3 images")[0].count('<li class="sample">') == 8
+    assert "words right: 0.0 % before training and 66.7 % after training" in section
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def write_compare_report(run: Path) -> Path:
         title=f"{sentence([arm.name for arm in arms])} compared · vpgtrans",
         headline=headline,
         lead=rest,
+        measured="",
         key_figures=_key_figures(files.summary, arms),
         version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
         chart=compare_chart(

@@ -24,6 +24,8 @@ class RunCurves:
 
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
+    validated_in: list[str] = field(default_factory=list)
+    """The stage of each validation: one stage's last and the next one's first stand at the same samples."""
     rates: dict[str, list[Point]] = field(default_factory=dict)
     """Learning rate by part; the key is empty where one rate holds for all."""
     stages: list[tuple[str, float, float]] = field(default_factory=list)
@@ -56,6 +58,7 @@ def run_curves(metrics: Sequence[dict[str, Any]]) -> RunCurves:
         if is_validation:
             if is_number(line["val_loss"]):
                 curves.validation.append((samples, line["val_loss"]))
+                curves.validated_in.append(stage)
             continue
         if is_number(line.get("loss")):
             curves.train.append((samples, line["loss"]))

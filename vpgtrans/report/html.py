@@ -56,6 +56,13 @@ class Table:
             self.emphasised.add(len(self.rows))
         self.rows.append([Cell(cell) if isinstance(cell, str) else cell for cell in cells])
 
+    def drop_empty_columns(self) -> None:
+        """Take out columns, the first aside, in which no row has a figure."""
+        filled = [any(row[i].text != NOTHING or row[i].below for row in self.rows) for i in range(len(self.heads))]
+        kept = [i for i, shown in enumerate(filled) if shown or i == 0]
+        self.heads = [self.heads[i] for i in kept]
+        self.rows = [[row[i] for i in kept] for row in self.rows]
+
 
 _LINE = 24
 """Characters of a heading that surely fit on a phone's line."""

@@ -1,9 +1,12 @@
 """The page of one run: what moved where, what it cost, how it went, and what it says about held-out images."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from vpgtrans.evaluation.metrics import token_f1
 from vpgtrans.report import format as fmt
 from vpgtrans.report.curves import RunCurves, run_curves
 from vpgtrans.report.html import Cell, Head, Table, keep_whole, sentence, write_page
@@ -12,6 +15,9 @@ from vpgtrans.report.read import RunFiles, image_uri, read_run
 
 _LONGEST_CAPTION = 160
 """Characters shown of one caption; an untrained model can babble for pages."""
+
+_LEAST_MEMORY = 8 << 20
+"""Bytes below which a difference of peaks says nothing: later starts work in the memory that earlier ones left."""
 
 _PROBE_HEADS = [
     Head("Start", numeric=False),
@@ -42,7 +48,26 @@ _COLUMN_NOTES = [
         "the images carry no usable signal yet.",
     ),
     ("Prompt length", "length of visual prompts over that of the target's words."),
+    ("Cost", "time, and memory beyond what was in use; none is shown where that is too little to measure."),
 ]
+
+_START_TERMS = [
+    ("caption-fit", "a correction of the start it is made over, fitted on captions by regression, without training."),
+    (
+        "cca",
+        "a linear map from the source LLM's word embeddings to the target's, fitted on shared tokens by canonical "
+        "correlation analysis; with α = 1 it is least squares, with α = 0 converted words spread like the target's.",
+    ),
+    ("ridge", "a linear map between the word embeddings of both LLMs, fitted on shared tokens by least squares."),
+    ("procrustes", "a rotation and one scale between the word embeddings of both LLMs, fitted on shared tokens."),
+    ("omp", "each word as a sum of few shared ones, the same sum taken in the target, distilled into a linear map."),
+    ("sgd", "the word converter trained by gradient descent on the cosine, as published."),
+    ("RMS-matched", "scaled so that converted words are as long, on average, as the target's."),
+    ("inherit", "a new random projector; the trained VPG is kept."),
+    ("keep", "the source's projector as it is: both LLMs share one embedding table."),
+    ("random", "a new projector of random numbers."),
+]
+"""What the parts of a start's name mean."""
 
 
 def write_report(run: Path) -> Path:
@@ -63,10 +88,11 @@ def write_report(run: Path) -> Path:
         kind="A run of vpgtrans",
         title=f"{_moved(files)} · vpgtrans",
         headline=keep_whole(headline(files, curves), _names(files)),
-        lead=[line for line in (_captions_line(samples), *best_notes(files.summary, curves)[:1]) if line],
+        lead=best_notes(files.summary, curves),
+        measured=_measured(files),
         key_figures=_key_figures(files.summary),
         version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
-        bill=_bill(files.summary),
+        bill=_bill(files),
         skipped=[(str(row.get("id", "?")), fmt.plain(row.get("reason") or row.get("error"))) for row in files.skipped]
         if files.skipped
         else [],
@@ -74,7 +100,7 @@ def write_report(run: Path) -> Path:
         **_curve_values(files, curves),
         **_initialiser_values(files),
         samples=samples,
-        samples_line=_captions_line(samples),
+        samples_notes=_samples_notes(files, samples),
         trainable=_trainable(files.trainable or []),
         recipe=files.recipe,
         environment=[(key, fmt.plain(value)) for key, value in fmt.flatten(files.environment or {})],
@@ -133,7 +159,7 @@ def _key_figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("validation loss, nats a token", fmt.decimal(summary.get("val_loss"))),
         ("samples seen", fmt.count(_samples_seen(summary))),
-        ("in all", fmt.duration(summary.get("seconds"))),
+        ("time in all", fmt.duration(summary.get("seconds"))),
         ("peak memory", fmt.size(summary.get("peak_memory_bytes"))),
     ]
     for key, value in fmt.flatten(summary.get("metrics") or {}):
@@ -145,7 +171,23 @@ def _key_figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [row for row in rows if row[1] != fmt.NOTHING]
 
 
-_METRIC_NAMES = {"exact_match": "captions exactly right", "token_f1": "words right (token F1)", "cider": "CIDEr"}
+_METRIC_NAMES = {
+    "exact_match": "captions exactly right",
+    "token_f1": "words right (token F1)",
+    "cider": "CIDEr",
+    "count": "held-out images measured",
+}
+
+
+def _measured(files: RunFiles) -> str:
+    """On which data the key figures were measured."""
+    sets = (files.settings.get("data") or {}).get("validation") or []
+    named = [f"{fmt.name(part['dataset'])}, split {part.get('split')}" for part in sets if part.get("dataset")]
+    if not named:
+        return ""
+    most = (files.settings.get("trainer") or {}).get("validate_samples")
+    limit = f", the loss on at most {fmt.count(most)} of them" if fmt.is_number(most) else ""
+    return f"Loss and captions are measured on held-out images: {sentence(named)}{limit}."
 
 
 def best_notes(summary: dict[str, Any], curves: RunCurves) -> list[str]:
@@ -171,16 +213,17 @@ def best_notes(summary: dict[str, Any], curves: RunCurves) -> list[str]:
 # --- the bill -----------------------------------------------------------------------------------
 
 
-def _bill(summary: dict[str, Any]) -> Table:
+def _bill(files: RunFiles) -> Table:
+    summary = files.summary
     table = Table(
         "Samples, time and memory by stage",
         [
             Head("Stage", numeric=False),
             Head("Updates"),
-            Head("Samples"),
+            Head("Samples", "by stage"),
             Head("Time"),
             Head("Peak memory"),
-            Head("Validation loss", "nats a token"),
+            Head("Validation loss", "its best, nats a token"),
         ],
         total=True,
         cards=True,
@@ -188,9 +231,11 @@ def _bill(summary: dict[str, Any]) -> Table:
     paid = 0.0
     converter = summary.get("converter")
     if isinstance(converter, dict):
-        shared = converter.get("shared_tokens")
+        shared, starts = converter.get("shared_tokens"), len(files.initialisers or [])
+        notes = [f"{fmt.count(shared)} shared tokens"] if shared is not None else []
+        notes += [f"with the scoring of {fmt.count(starts)} starts"] if starts > 1 else []
         table.add(
-            Cell("word converter", below=f"{fmt.count(shared)} shared tokens" if shared is not None else ""),
+            Cell("word converter" if shared is not None else "first projector", below=", ".join(notes)),
             fmt.NOTHING,
             "0",
             fmt.duration(converter.get("seconds")),
@@ -198,20 +243,25 @@ def _bill(summary: dict[str, Any]) -> Table:
             fmt.NOTHING,
         )
         paid += converter["seconds"] if fmt.is_number(converter.get("seconds")) else 0.0
+    several = len(_stages(summary)) > 1
     for stage in _stages(summary):
+        best = stage.get("best_samples")  # counted over all stages, unlike `samples`
         table.add(
             str(stage.get("name", "?")),
             fmt.count(stage.get("updates")),
             fmt.count(stage.get("samples")),
             fmt.duration(stage.get("seconds")),
             fmt.size(_memory(stage)),
-            fmt.decimal(stage.get("val_loss")),
+            Cell(
+                fmt.decimal(stage.get("val_loss")),
+                below=f"at {fmt.count(best)} samples{' in all' if several else ''}" if best is not None else "",
+            ),
         )
         paid += stage["seconds"] if fmt.is_number(stage.get("seconds")) else 0.0
     total = summary.get("seconds")
     if fmt.is_number(total) and total - paid >= 0.05:
         table.add(
-            Cell("everything else", below="loading, scoring starts, evaluation"),
+            Cell("everything else", below="loading the models, captions before and after, evaluation"),
             fmt.NOTHING,
             fmt.NOTHING,
             fmt.duration(total - paid),
@@ -238,11 +288,15 @@ def _memory(row: dict[str, Any]) -> Any:
 
 
 def _curve_values(files: RunFiles, curves: RunCurves) -> dict[str, Any]:
-    validations = Table("Validation loss by samples seen", [Head("Samples", numeric=False), Head("Validation loss")])
+    validations = Table(
+        "Validation loss by samples seen, over all stages",
+        [Head("Samples", numeric=False), Head("Stage", numeric=False), Head("Validation loss")],
+    )
     best = curves.best
-    for point in curves.validation:
+    for point, stage in zip(curves.validation, curves.validated_in, strict=True):
         validations.add(
             fmt.count(point[0]),
+            stage,
             Cell(fmt.decimal(point[1]), mark="best" if point == best else ""),
             emphasised=point == best,
         )
@@ -266,36 +320,51 @@ def _curve_values(files: RunFiles, curves: RunCurves) -> dict[str, Any]:
     values["chart"] = run_chart(
         curves, prefix="run", title="Training and validation loss, and learning rate", description=description
     )
-    values["curve_notes"] = notes
+    values["curve_notes"] = [note for note in notes if note not in best_notes(files.summary, curves)]  # those lead
     return values
 
 
 def _initialiser_values(files: RunFiles) -> dict[str, Any]:
-    rows = files.initialisers
-    chosen = next((row for row in rows or [] if row.get("chosen")), None)
+    rows = files.initialisers or []
+    chosen = next((row for row in rows if row.get("chosen")), None)
     taken = files.summary.get("initialiser")
     name = chosen.get("name") if chosen else taken.get("kind") if isinstance(taken, dict) else taken
-    notes = [f"Taken: {name}." + (f" {chosen['note']}" if chosen and chosen.get("note") else "")] if name else []
+    notes = []
+    if name:
+        reason = str(chosen.get("note") or "").rstrip(".") if chosen else ""
+        if not reason and len(rows) == 1:
+            reason = "The recipe names this start, so no other was scored"
+        notes.append(f"Taken: {name}." + (f" {reason[0].upper()}{reason[1:]}." if reason else ""))
     low, high = (chosen.get(f"image_gap_{end}") if chosen else None for end in ("low", "high"))
     if fmt.is_number(low) and fmt.is_number(high) and low <= 0 <= high:
         notes.append("Its image gap can't be told from zero: before training, no usable signal, so warm-up was needed.")
+    names = " ".join(str(row.get("name", "")) for row in rows) or str(name or "")
+    terms = [(term, text) for term, text in _START_TERMS if re.search(rf"(?<!\w){term}(?!\w)", names)]
     table = None
     if rows:
-        table = Table("Every start scored without training", _PROBE_HEADS, cards=True, dense=True)
+        caption = "Every start scored without training" if len(rows) > 1 else "The first projector, before training"
+        table = Table(caption, _PROBE_HEADS, cards=True, dense=True)
         for row in rows:
-            _add_probe_row(table, row)
-    return {"initialisers": table, "initialiser_notes": notes, "column_notes": _COLUMN_NOTES}
+            _add_probe_row(table, row, several=len(rows) > 1)
+        table.drop_empty_columns()
+    shown = {head.text for head in table.heads} if table else set()
+    return {
+        "initialisers": table,
+        "initialiser_notes": notes,
+        "start_terms": terms,
+        "column_notes": [(head, text) for head, text in _COLUMN_NOTES if head in shown],
+    }
 
 
-def _add_probe_row(table: Table, row: dict[str, Any]) -> None:
-    chosen = bool(row.get("chosen"))
+def _add_probe_row(table: Table, row: dict[str, Any], *, several: bool) -> None:
+    chosen = bool(row.get("chosen")) and several
     low, high = row.get("image_gap_low"), row.get("image_gap_high")
     coverage = row.get("coverage")
     memory = row.get("memory_bytes")
     table.add(
         Cell(
             str(row.get("name", "?")),
-            below="" if chosen else str(row.get("note") or ""),
+            below=str(row.get("note") or "") if several and not chosen else "",
             mark="chosen" if chosen else "",
         ),
         Cell(fmt.count(row.get("pairs")), below=fmt.percent(coverage) if coverage is not None else ""),
@@ -309,7 +378,10 @@ def _add_probe_row(table: Table, row: dict[str, Any]) -> None:
             below=f"[{fmt.decimal(low)}, {fmt.decimal(high)}]" if fmt.is_number(low) and fmt.is_number(high) else "",
         ),
         fmt.decimal(row.get("prompt_norm_ratio"), 2),
-        Cell(fmt.duration(row.get("seconds")), below=fmt.size(memory) if memory is not None else ""),
+        Cell(
+            fmt.duration(row.get("seconds")),
+            below=fmt.size(memory) if fmt.is_number(memory) and memory >= _LEAST_MEMORY else "",
+        ),
         emphasised=chosen,
     )
 
@@ -329,7 +401,6 @@ def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
                 Head("Mode", "learning rate", numeric=False),
                 Head("Parameters"),
                 Head("Of them train"),
-                Head("Learning rate"),
             ],
         )
         for row in parts:
@@ -344,6 +415,31 @@ def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
 # --- held-out images ----------------------------------------------------------------------------
 
 
+_BEFORE, _AFTER = "Before training", "After training"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption on a card, beside its reference."""
+
+    label: str
+    text: str
+    right: bool
+    share: float
+    """Token F1, the best over references."""
+
+    @property
+    def verdict(self) -> str:
+        if self.right:
+            return "✓ right"
+        return f"{max(1, min(99, round(100 * self.share)))} % words right" if self.share else "✗ no word right"
+
+    @property
+    def grade(self) -> str:
+        """Its CSS class."""
+        return "right" if self.right else "partly" if self.share else ""
+
+
 def same_words(caption: Any, reference: str) -> bool:
     """True where both hold the same words in the same order, case and punctuation aside."""
     words = re.findall(r"\w+", str(caption or "").casefold())
@@ -354,11 +450,13 @@ def _sample(files: RunFiles, sample: dict[str, Any]) -> dict[str, Any]:
     given = sample.get("reference")
     references = [str(text) for text in given] if isinstance(given, list) else [str(given or "")]
     captions = []
-    for key, label in (("before", "Before training"), ("after", "After training")):
+    for key, label in (("before", _BEFORE), ("after", _AFTER)):
         if sample.get(key) is None:
             continue
-        right = any(same_words(sample[key], reference) for reference in references)
-        captions.append((label, _shorten(str(sample[key])), right))
+        caption = str(sample[key])
+        right = any(same_words(caption, reference) for reference in references)
+        share = 1.0 if right else token_f1([caption], [references])[0] if references else 0.0
+        captions.append(Caption(label, _shorten(caption), right, share))
     return {
         "id": str(sample.get("id", "")),
         "image": image_uri(files.path, sample.get("image")),
@@ -375,11 +473,28 @@ def _shorten(text: str) -> str:
     return text if over <= 0 else f"{text[:_LONGEST_CAPTION]}… (and {fmt.count(over)} characters more)"
 
 
-def _captions_line(samples: list[dict[str, Any]]) -> str:
-    """How many of the shown captions are right, before and after."""
-    parts = []
-    for label in ("Before training", "After training"):
-        verdicts = [right for sample in samples for name, _, right in sample["captions"] if name == label]
-        if verdicts:
-            parts.append(f"{sum(verdicts) or 'none'} of {len(verdicts)} {label.lower()}")
-    return f"Of the held-out images shown here, described exactly right: {sentence(parts)}." if parts else ""
+def _samples_notes(files: RunFiles, samples: list[dict[str, Any]]) -> list[str]:
+    """What the cards show, and how many of their captions are right."""
+    exact, words = [], []
+    for label in (_BEFORE, _AFTER):
+        captions = [caption for sample in samples for caption in sample["captions"] if caption.label == label]
+        if captions:
+            exact.append(f"{sum(caption.right for caption in captions) or 'none'} of {len(captions)} {label.lower()}")
+            mean = fmean(caption.share for caption in captions)
+            words.append(f"{fmt.percent(mean)} {label.lower()}")
+    if not exact:
+        return []
+    notes = [
+        f"Of the images shown here, described exactly right: {sentence(exact)}; words right: {sentence(words)}. "
+        "Exactly right means the reference's words in its order, case and punctuation aside; words right is the token "
+        "F1: words that both have, over the mean length of both.",
+        "Before training means with the first projector as it was made, untrained.",
+    ]
+    template = (files.settings.get("prompt") or {}).get("template")
+    if isinstance(template, str) and (words_only := " ".join(template.replace("<image>", " ").split())):
+        shown = " ".join(template.replace("<image>", " ⟨image⟩ ").split())
+        notes[1] += (
+            f" The LLM goes on from the prompt “{shown}”; while the images say nothing to it yet, it may "
+            f"repeat “{words_only.split()[-1]}” or talk at random."
+        )
+    return notes

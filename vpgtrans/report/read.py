@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from vpgtrans.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,16 @@ class RunFiles:
     lineage: dict[str, Any] | None
     environment: dict[str, Any] | None
     recipe: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """recipe.yaml as a mapping; empty where it is missing or not one."""
+        try:
+            settings = YAML(typ="safe", pure=True).load(self.recipe or "")
+        except YAMLError as error:
+            log.warning("%s: not valid YAML (%s); the report says less about the run", self.path / "recipe.yaml", error)
+            return {}
+        return settings if isinstance(settings, dict) else {}
 
 
 def read_run(run: Path) -> RunFiles:
