@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from vpgtrans.config import InitialiserConfig
+from vpgtrans.data.mixture import open_mixture
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, Stage, load_recipe
-from vpgtrans.runs.parts import open_mixture, open_source
+from vpgtrans.runs.parts import open_source
 from vpgtrans.runs.start import prepare
 from vpgtrans.training.checkpoints import Progress
 from vpgtrans.training.fit import RunLog, StageRun

@@ -101,7 +101,7 @@ class Clock(Timeline):
             (vlm.llm.model, "forward", "llm_forward"),
             (module, "manual_backward", "backward"),
         ]
-        watched += [(source, "image", "decode") for source in run.data.samples.mixture.sources]
+        watched += [(source, "open", "decode") for source in run.data.samples.mixture.sources]
         with ExitStack() as stack:
             for owner, name, piece in watched:
                 stack.enter_context(patch.object(owner, name, self.timed(piece, getattr(owner, name))))

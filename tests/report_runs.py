@@ -157,7 +157,7 @@ def write_run(run: Path) -> Path:
     _dump(run / "environment.json", ENVIRONMENT)
     (run / "recipe.yaml").write_text(RECIPE)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics()))
-    (run / "skipped.jsonl").write_text('{"id": "1F9D1", "reason": "truncated PNG <b>"}\n')
+    (run / "quarantine.jsonl").write_text('{"id": "1F9D1", "reason": "truncated PNG <b>"}\n')
     return run
 
 

@@ -10,7 +10,7 @@ from tiny_training import FINETUNE, Pictures, build_vlm, lines, make_recipe, mix
 
 from vpgtrans.config import AugmentConfig
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.fit import Updates
+from vpgtrans.training.loading import Updates
 from vpgtrans.training.samples import BadSamples, Samples, View
 from vpgtrans.vision.augment import random_view
 
@@ -65,8 +65,10 @@ def test_a_turn_goes_both_ways_and_colours_keep_their_hue() -> None:
 
 
 def samples(root, directory, *, augment, cached, seed=0) -> Samples:
-    front = FrozenFront(build_vlm(root).vpg, "patches", dtype=torch.float32)
-    return Samples(mixtures()["train"], front, bad=BadSamples(0.0), cached=cached, augment=augment, seed=seed,
+    vlm = build_vlm(root)
+    front = FrozenFront(vlm.vpg, "patches", dtype=torch.float32)
+    data, bad = mixtures()["train"], BadSamples(0.0)
+    return Samples(data, front, vlm.splice.prompter, bad=bad, cached=cached, augment=augment, seed=seed,
                    directory=directory)  # fmt: skip
 
 

@@ -358,7 +358,7 @@ def test_too_many_unreadable_images_stop_the_run(bench: Bench) -> None:
     assert result.exit_code == 1, result.output
     assert "data.max_bad_fraction = 0.01" in result.stderr
     assert "Traceback" not in result.stderr
-    listed = [json.loads(line)["id"] for line in (bench.here / "run" / "skipped.jsonl").read_text().splitlines()]
+    listed = [json.loads(line)["id"] for line in (bench.here / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert listed
     assert set(listed) <= {f"s{row:03d}" for row in range(0, 24, 3)}
     assert any(name in result.stderr for name in listed)

@@ -36,22 +36,22 @@ def test_unreadable_images_are_skipped_and_listed(root, tmp_path, cached):
     stage = {**WARMUP, "budget": {"samples": 28}, "cache_features": cached}
     (result,) = train(build_vlm(root), lenient(stage, 0.3), tmp_path, unreadable=[2, 5])
     assert (result.updates, result.samples) == (7, 28)
-    listed = lines(tmp_path / "skipped.jsonl")
+    listed = lines(tmp_path / "quarantine.jsonl")
     assert sorted(line["id"] for line in listed) == ["s0-02", "s0-05"]
-    assert all("no image" in line["reason"] for line in listed)
+    assert all("not a readable image" in line["reason"] for line in listed)
     pictures = Pictures(14)
     vlm = build_vlm(root)
     batches = mixtures()["train"].batches(0, batch_size=28)
     taught = [int(row) for row in next(batches) if row not in (2, 5)]
-    assert result.text_tokens == sum(vlm.splice.answer_length(pictures.captions[row]) for row in taught)
+    assert result.text_tokens == sum(vlm.splice.prompter.answer_length(pictures.captions[row]) for row in taught)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_too_many_unreadable_images_stop_the_run(root, tmp_path, cached):
     stage = {**WARMUP, "budget": {"samples": 28}, "cache_features": cached}
-    with pytest.raises(TrainingError, match=r"of 1?\d images are unreadable, more than data\.max_bad_fraction = 0\.1"):
+    with pytest.raises(TrainingError, match=r"of 1?\d samples are unreadable, more than data\.max_bad_fraction = 0\.1"):
         train(build_vlm(root), lenient(stage, 0.1), tmp_path, unreadable=[2, 5])
-    assert len(lines(tmp_path / "skipped.jsonl")) == 2
+    assert len(lines(tmp_path / "quarantine.jsonl")) == 2
     # What is cached is known before the first update; else the run stops at the second unreadable image.
     assert (tmp_path / "metrics.jsonl").exists() != cached
 
@@ -63,7 +63,7 @@ def test_a_few_unreadable_images_at_the_start_do_not_stop_the_run(root, tmp_path
     unreadable = [int(row) for row in first[:2]]
     stage = {**WARMUP, "budget": {"samples": 28}, "cache_features": cached}
     train(build_vlm(root), lenient(stage, 0.11), tmp_path, unreadable=unreadable)
-    assert {line["id"] for line in lines(tmp_path / "skipped.jsonl")} == {f"s0-{row:02d}" for row in unreadable}
+    assert {line["id"] for line in lines(tmp_path / "quarantine.jsonl")} == {f"s0-{row:02d}" for row in unreadable}
 
 
 def test_a_run_that_was_allowed_to_go_on_is_allowed_to_resume(root, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_run_that_was_allowed_to_go_on_is_allowed_to_resume(root, tmp_path, mo
 def test_how_many_unreadable_images_are_too_many():
     def bad_among(seen: int, bad: int, *, expected: int) -> BadSamples:
         counted = BadSamples(0.01, expected=expected)
-        counted.note([f"s{row}" for row in range(seen)], [Unreadable(f"s{row}", "damaged") for row in range(bad)])
+        counted.note([Unreadable(f"s{row}", "damaged") for row in range(bad)], seen=seen)
         return counted
 
     bad_among(4, 2, expected=200)
@@ -96,19 +96,19 @@ def test_how_many_unreadable_images_are_too_many():
     bad_among(5000, 50, expected=1000)
     bad_among(5, 1, expected=5)  # one alone never stops a run
     for seen, bad, expected, saying in (
-        (4, 3, 200, "3 of 4 images are unreadable, .* = 0.01 allows of 200: s0: damaged; s1: damaged"),
+        (4, 3, 200, "3 of 4 samples are unreadable, .* = 0.01 allows of 200: s0: damaged; s1: damaged"),
         (20, 11, 1000, "allows of 1000"),
-        (5000, 51, 1000, "51 of 5000 images are unreadable, .* = 0.01 allows: s0"),
-        (5, 2, 5, "2 of 5 images"),
+        (5000, 51, 1000, "51 of 5000 samples are unreadable, .* = 0.01 allows: s0"),
+        (5, 2, 5, "2 of 5 samples"),
     ):
         with pytest.raises(TrainingError, match=saying):
             bad_among(seen, bad, expected=expected)
 
 
 def test_a_resumed_run_keeps_its_list_of_skipped_images(root, tmp_path):
-    (tmp_path / "skipped.jsonl").write_text('{"id": "older", "reason": "gone"}\n')
+    (tmp_path / "quarantine.jsonl").write_text('{"id": "older", "reason": "gone"}\n')
     train(build_vlm(root), lenient(WARMUP, 0.3), tmp_path, resume=True)
-    assert lines(tmp_path / "skipped.jsonl") == [{"id": "older", "reason": "gone"}]
+    assert lines(tmp_path / "quarantine.jsonl") == [{"id": "older", "reason": "gone"}]
 
 
 # --- the frozen front and its cache -------------------------------------------------------------
@@ -148,7 +148,9 @@ def test_what_is_there_is_not_computed_again(root, tmp_path, monkeypatch):
     monkeypatch.setattr(Pictures, "image", lambda self, index: opened.append(index) or image(self, index))
     cache.ensure(range(7))
     assert opened == [5, 6]
-    assert [(entry.id, entry.reason) for entry in cache.unreadable(range(7))] == [("s0-03", "sample s0-03: no image")]
+    assert [(entry.id, entry.reason) for entry in cache.unreadable(range(7))] == [
+        ("s0-03", "sample s0-03: 8 bytes of image data: not a readable image (of no format that Pillow knows)")
+    ]
 
 
 def test_a_killed_computation_leaves_no_row_that_looks_whole(root, tmp_path):

@@ -15,7 +15,7 @@ from vpgtrans.data import openmoji
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.openmoji import IMAGE_SIZE, build_openmoji, find_lookalikes, summary
 from vpgtrans.data.openmoji_names import SPLITS, Name, assign_splits, clean_caption, parse_names, words_of
-from vpgtrans.data.sources import open_captions
+from vpgtrans.data.sources import open_dataset
 from vpgtrans.errors import DataError
 
 
@@ -236,11 +236,11 @@ def test_the_built_data_set():
 @pytest.mark.real
 @needs_openmoji
 def test_openmoji_as_a_source():
-    captions = open_captions(DataSource(dataset="openmoji", split="validation", limit=20))
+    captions = open_dataset(DataSource(dataset="openmoji", split="validation", limit=20))
     assert len(captions) == 20
     assert captions.image(3).size == (IMAGE_SIZE, IMAGE_SIZE)
     assert set(captions.column("tests")) <= {"combination", "words", "tone"}
-    train = open_captions(DataSource(dataset="openmoji"))
+    train = open_dataset(DataSource(dataset="openmoji"))
     assert train.weights.max() > 2 * train.weights.min()
     with pytest.raises(DataError, match="no split 'valid'; it has train, validation"):
-        open_captions(DataSource(dataset="openmoji", split="valid"))
+        open_dataset(DataSource(dataset="openmoji", split="valid"))

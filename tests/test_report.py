@@ -29,7 +29,7 @@ OPTIONAL = [
     "lineage.json",
     "environment.json",
     "recipe.yaml",
-    "skipped.jsonl",
+    "quarantine.jsonl",
 ]
 
 
@@ -279,7 +279,7 @@ def test_everything_is_escaped(run: Path) -> None:
     rewrite(run / "environment.json", lambda environment: environment.update({evil: [evil], "vpgtrans": evil}))
     rewrite(run / "summary.json", lambda summary: summary["stages"][0].update(name=evil))
     (run / "recipe.yaml").write_text(f"name: {evil}</pre>\n")
-    (run / "skipped.jsonl").write_text(json.dumps({"id": evil, "reason": evil}) + "\n")
+    (run / "quarantine.jsonl").write_text(json.dumps({"id": evil, "reason": evil}) + "\n")
     lines = (run / "metrics.jsonl").read_text().replace('"warmup"', json.dumps(evil))
     (run / "metrics.jsonl").write_text(lines)
     page = Page(write_report(run))
@@ -294,7 +294,7 @@ def test_one_missing_file_gives_a_reason_not_a_crash(run: Path, name: str) -> No
     (run / name).unlink()
     page = Page(write_report(run))
     assert [section["id"] for section in page.all("section")] == SECTIONS
-    assert name == "skipped.jsonl" or f"holds no {name}" in page.text
+    assert name == "quarantine.jsonl" or f"holds no {name}" in page.text
 
 
 def test_summary_alone_is_enough(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_two_processes_give_what_one_gives(root, tmp_path):
     for rank in (0, 1):
         validated = json.loads((tmp_path / f"two/results{rank}.json").read_text())
         assert validated == pytest.approx([result.val_loss for result in results], rel=1e-5)
-    skipped = [{line["id"] for line in lines(tmp_path / f"{run}/skipped.jsonl")} for run in ("one", "two")]
+    skipped = [{line["id"] for line in lines(tmp_path / f"{run}/quarantine.jsonl")} for run in ("one", "two")]
     assert skipped == [{f"s0-{row:02d}" for row in unreadable}] * 2
 
 
@@ -190,7 +190,7 @@ def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(r
     assert done.returncode == 1, done.stderr[-3000:]
     # Two of 19 are allowed; the first process itself met none.
     assert done.stderr.count("4 of 13 images are unreadable, more than data.max_bad_fraction = 0.15 allows of 19") == 1
-    assert sorted(line["id"] for line in lines(tmp_path / "skipped.jsonl")) == [f"s0-{row:02d}" for row in second]
+    assert sorted(line["id"] for line in lines(tmp_path / "quarantine.jsonl")) == [f"s0-{row:02d}" for row in second]
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(tiny: Tiny, tmp_path: 
     stage = WARMUP | {"budget": {"samples": 24}}
     recipe = tiny.transfer_recipe(data=data, stages=[stage], evaluation={"samples": 8, "max_new_tokens": 3})
     run = runs.transfer(recipe, output=tmp_path / "run", device="cpu")
-    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == {"s003", "s010", "s001"}
     assert all(line["reason"] for line in lines)
     assert read(run / "summary.json")["metrics"]["count"] == 7

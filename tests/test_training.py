@@ -1,6 +1,7 @@
 """A stage of training: what changes and what does not, batches, losses, rates, bad images, the frozen front's cache."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,18 +18,19 @@ from tiny_training import (
     train,
 )
 
-from vpgtrans.data.sources import Mixture
+from vpgtrans.data.mixture import Mixture
 from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.llm import block_linears
 from vpgtrans.recipe import TrainerConfig
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.fit import StageRun, Updates, Validator, count_updates
+from vpgtrans.training.fit import StageRun, count_updates
+from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import CaptionObjective, WordObjective, build_objectives
 from vpgtrans.training.parts import part_module, put_state, set_trainable, table, take_state
-from vpgtrans.training.samples import BadSamples, Samples
+from vpgtrans.training.samples import BadSamples, Batch, Samples
 from vpgtrans.vlm import VLM
 
 SMALL = {"lr": 1e-2, "budget": {"samples": 12}, "batch_size": 4, "validate_every": 8, "augment": False}
@@ -43,6 +45,11 @@ def module_for(vlm: VLM, stage, *, updates: int = 10) -> StageModule:
     front = FrozenFront(vlm.vpg, "tokens")
     goals = build_objectives(list(stage.losses), vlm, ["a red cat"])
     return StageModule(vlm, stage, front=front, objectives=goals, updates=updates)
+
+
+def texts(vlm: VLM, captions: Sequence[str]) -> Batch:
+    """Captions as a batch without images."""
+    return Batch([*captions], [*captions], [vlm.splice.prompter.encode(text) for text in captions], torch.empty(0))
 
 
 def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -230,11 +237,12 @@ def test_the_word_objective_is_smallest_on_the_captions_words(root):
     tokens = [vlm.llm.tokenizer.encode(" " + caption, add_special_tokens=False) for caption in captions]
     ids = [[*own[:2], own[-1]] for own in tokens]  # of three prompts two are for the beginning, one for the end
     right = vlm.llm.embed(torch.tensor(ids))
-    at_words, count = goal(vlm, right, captions)
+    batch = texts(vlm, captions)
+    at_words, count = goal(vlm, right, batch)
     assert count == 6
-    assert at_words < goal(vlm, right.flip(1), captions)[0]
-    assert at_words < goal(vlm, right + 0.3 * torch.randn_like(right) * right.std(), captions)[0]
-    halves = [goal(vlm, right[row : row + 1], captions[row : row + 1])[0] for row in range(2)]
+    assert at_words < goal(vlm, right.flip(1), batch)[0]
+    assert at_words < goal(vlm, right + 0.3 * torch.randn_like(right) * right.std(), batch)[0]
+    halves = [goal(vlm, right[row : row + 1], batch.part(row, row + 1))[0] for row in range(2)]
     torch.testing.assert_close(sum(halves), at_words)
 
 
@@ -321,10 +329,10 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(root, tmp_pa
     compute, vlm, before = CaptionObjective.forward, build_vlm(root), {}
     calls: list[list[str]] = []
 
-    def forward(self, vlm_, prompts, captions):
-        summed, count = compute(self, vlm_, prompts, captions)
+    def forward(self, vlm_, prompts, batch):
+        summed, count = compute(self, vlm_, prompts, batch)
         if torch.is_grad_enabled():
-            calls.append(list(captions))
+            calls.append(batch.ids)
             if len(calls) == 3:
                 before.update(all_tensors(vlm))
                 return summed * float("nan"), count
@@ -361,7 +369,7 @@ def test_the_validation_loss_is_the_mean_over_the_sets_answer_tokens(root):
     vlm = build_vlm(root)
     module = module_for(vlm, one_stage(losses={"caption": 2.0, "words": 1.0}).stages[0])
     mixture = mixtures()["validation"]
-    samples = Samples(mixture, module.front, bad=BadSamples(0.0), cached=False)
+    samples = Samples(mixture, module.front, vlm.splice.prompter, bad=BadSamples(0.0), cached=False)
     with torch.no_grad():
         prompts = vlm.prompts_from(module.front([mixture.image(row) for row in range(5)]).float())
         nll, _ = vlm.splice.token_nll(prompts, [mixture.caption(row) for row in range(5)])
@@ -376,7 +384,7 @@ def test_devices_share_the_validation_set(root, monkeypatch, world):
     """Of seven devices two have no sample; they count as nothing, and add up what the others have like the others."""
     vlm = build_vlm(root)
     module = module_for(vlm, one_stage(losses={"caption": 2.0, "words": 1.0}).stages[0])
-    samples = Samples(mixtures()["validation"], module.front, bad=BadSamples(0.0), cached=False)
+    samples = Samples(mixtures()["validation"], module.front, vlm.splice.prompter, bad=BadSamples(0.0), cached=False)
     expected = Validator(samples, range(5))(module)
     taken: list[list[float]] = []
     monkeypatch.setattr(StageModule, "world", property(lambda self: world))
@@ -394,10 +402,10 @@ def test_a_batch_or_validation_set_without_a_readable_image_stops_the_run(root, 
     lenient = {"data": {"train": entry, "validation": entry, "max_bad_fraction": 1.0}}
     stage = {**WARMUP, "cache_features": False}
     first = [int(row) for row in next(mixtures()["train"].batches(0, batch_size=4))]
-    with pytest.raises(TrainingError, match=r"stage warmup, update 1: no image of this batch is readable: s0-\d\d, "):
+    with pytest.raises(TrainingError, match=r"stage warmup, update 1: no sample of this batch is readable: s0-\d\d, "):
         train(build_vlm(root), make_recipe([stage], **lenient), tmp_path / "train", unreadable=first)
     blind = mixtures()["train"], Mixture([(Pictures(2, seed=1, unreadable=[0, 1]), 1.0)])
-    with pytest.raises(TrainingError, match="no validation image is readable"):
+    with pytest.raises(TrainingError, match="no validation sample is readable"):
         run_stages(build_vlm(root), make_recipe([stage], **lenient), RunDirectory(tmp_path), train=blind[0],
                    validation=blind[1], resume=False)  # fmt: skip
 
@@ -407,20 +415,21 @@ def test_a_batch_or_validation_set_without_a_readable_image_stops_the_run(root, 
 
 def test_budgets_in_samples_and_in_tokens(root):
     vlm, mixture = build_vlm(root), mixtures()["train"]
-    assert count_updates(one_stage(budget={"samples": 13}).stages[0], mixture, vlm) == 4
-    lengths = [len(vlm.llm.tokenizer.encode(caption)) + 1 for caption in mixture.sources[0].captions]
+    prompter = vlm.splice.prompter
+    assert count_updates(one_stage(budget={"samples": 13}).stages[0], mixture, prompter) == 4
+    lengths = [len(vlm.llm.tokenizer.encode(caption)) + 1 for caption in [mixture.caption(row) for row in range(14)]]
     mean = sum(lengths) / len(lengths)
     assert min(lengths) < mean < max(lengths)
     stage = one_stage(budget={"tokens": 500}).stages[0]
-    assert count_updates(stage, mixture, vlm) == math.ceil(math.ceil(500 / mean) / 4)
+    assert count_updates(stage, mixture, prompter) == math.ceil(math.ceil(500 / mean) / 4)
     double = one_stage(budget={"tokens": 500}, micro_batch_size=2).stages[0]
-    assert count_updates(double, mixture, vlm) == count_updates(stage, mixture, vlm)
+    assert count_updates(double, mixture, prompter) == count_updates(stage, mixture, prompter)
 
 
 def updates(seed: int, *, start: int = 0, first_sample: int = 0, stop: int = 9) -> list[list[int]]:
-    samples = Samples(mixtures()["train"], None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
+    samples = Samples(mixtures()["train"], None, None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
     data = Updates(samples, one_stage().stages[0], seed=seed, first_sample=first_sample, start=start, stop=stop)
-    return [rows.tolist() for rows, _ in data.rows()]
+    return [data.rows(update)[0].tolist() for update in range(start, stop)]
 
 
 def test_the_order_depends_on_the_seed_and_the_position_alone():
@@ -433,14 +442,12 @@ def test_the_order_depends_on_the_seed_and_the_position_alone():
 
 
 def test_devices_share_each_batch():
-    vlm_free = Samples(mixtures()["train"], None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
+    vlm_free = Samples(mixtures()["train"], None, None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
     taken: dict[int, list[list[int]]] = {}
     for rank in (0, 1, 2):
         data = Updates(vlm_free, one_stage().stages[0], seed=1, first_sample=0, start=0, stop=3)
         data.rank, data.world = rank, 3
-        fetch = staticmethod(lambda rows, positions: list(rows))
-        data.samples = type("Rows", (), {"mixture": vlm_free.mixture, "fetch": fetch, "see": lambda self, rows: None})()
-        taken[rank] = list(data)  # type: ignore[arg-type]
+        taken[rank] = [data._own(number)[0].tolist() for number in range(3)]
     for update, rows in enumerate(updates(1, stop=3)):
         assert sorted(row for rank in taken for row in taken[rank][update]) == sorted(rows)
 

@@ -79,27 +79,27 @@ def test_token_nll_equals_the_stock_models(path, template):
     llm = open_llm(str(path), dtype=torch.float32)
     prompts = random_prompts(llm)
     expected = reference_nll(path, prompts, ANSWERS, template)
-    nll, rows = Splice(llm, PromptConfig(template=template)).token_nll(prompts, ANSWERS)
+    nll, rows = Splice(llm, PromptConfig(template=template), visual_tokens=3).token_nll(prompts, ANSWERS)
     assert rows.tolist() == [row for row, values in enumerate(expected) for _ in values]
     torch.testing.assert_close(nll, torch.cat(expected), atol=1e-4, rtol=0)
     # the prompts matter, or all of the above could hold without them
-    other, _ = Splice(llm, PromptConfig(template=template)).token_nll(prompts.flip(0), ANSWERS)
+    other, _ = Splice(llm, PromptConfig(template=template), visual_tokens=3).token_nll(prompts.flip(0), ANSWERS)
     assert (other - nll).abs().max() > 0.1
 
 
 def test_padding_changes_nothing(path):
     llm = open_llm(str(path), dtype=torch.float32)
-    splice, prompts = Splice(llm, PromptConfig()), random_prompts(llm)
+    splice, prompts = Splice(llm, PromptConfig(), visual_tokens=3), random_prompts(llm)
     together, rows = splice.token_nll(prompts, ANSWERS)
     for row, answer in enumerate(ANSWERS):
         alone, _ = splice.token_nll(prompts[row : row + 1], [answer])
-        assert len(alone) == splice.answer_length(answer)
+        assert len(alone) == splice.prompter.answer_length(answer)
         torch.testing.assert_close(together[rows == row], alone, atol=2e-5, rtol=0)
 
 
 def test_caption_nll_sums_tokens_whatever_the_batch_size(path):
     llm = open_llm(str(path), dtype=torch.float32)
-    splice, prompts = Splice(llm, PromptConfig(end=False)), random_prompts(llm)
+    splice, prompts = Splice(llm, PromptConfig(end=False), visual_tokens=3), random_prompts(llm)
     expected = reference_nll(path, prompts, ANSWERS, "<image>\n", end=False)
     for batch_size in (1, 3, 32):
         sums, counts = splice.caption_nll(prompts, ANSWERS, batch_size=batch_size)
@@ -110,7 +110,7 @@ def test_caption_nll_sums_tokens_whatever_the_batch_size(path):
 def test_gradients_reach_the_prompts(path):
     llm = open_llm(str(path), dtype=torch.float32)
     prompts = random_prompts(llm).requires_grad_()
-    Splice(llm, PromptConfig()).token_nll(prompts, ANSWERS)[0].sum().backward()
+    Splice(llm, PromptConfig(), visual_tokens=3).token_nll(prompts, ANSWERS)[0].sum().backward()
     assert prompts.grad is not None
     assert (prompts.grad.abs().sum(dim=(1, 2)) > 0).all()
     assert all(parameter.grad is None for parameter in llm.model.parameters())
@@ -118,14 +118,14 @@ def test_gradients_reach_the_prompts(path):
 
 def test_the_head_runs_at_answer_positions_only(path):
     llm = open_llm(str(path), dtype=torch.float32)
-    splice = Splice(llm, PromptConfig())
+    splice = Splice(llm, PromptConfig(), visual_tokens=3)
     seen: list[torch.Size] = []
     head = llm.model.get_output_embeddings()
     before = dict(head._forward_pre_hooks)
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     nll, _ = splice.token_nll(random_prompts(llm), ANSWERS)
     handle.remove()
-    tokens = sum(splice.answer_length(answer) for answer in ANSWERS)
+    tokens = sum(splice.prompter.answer_length(answer) for answer in ANSWERS)
     assert seen == [torch.Size([1, tokens, head.out_features])]
     assert len(nll) == tokens
     assert head._forward_pre_hooks == before  # nothing stays behind
@@ -143,13 +143,13 @@ def test_head_only_at_is_undone_after_an_error(path):
                                                         ("granite", "logits_scaling", 7.0)])  # fmt: skip
 def test_what_a_model_does_to_its_logits_is_kept(tmp_path, family, field, value):
     path = sharp_llm(family, tmp_path / "llm")
-    plain, _ = Splice(llm := open_llm(str(path), dtype=torch.float32), PromptConfig()).token_nll(
+    plain, _ = Splice(llm := open_llm(str(path), dtype=torch.float32), PromptConfig(), visual_tokens=3).token_nll(
         prompts := random_prompts(llm), ANSWERS
     )
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {field: value}))
     changed = open_llm(str(path), dtype=torch.float32)
-    nll, _ = Splice(changed, PromptConfig()).token_nll(prompts, ANSWERS)
+    nll, _ = Splice(changed, PromptConfig(), visual_tokens=3).token_nll(prompts, ANSWERS)
     torch.testing.assert_close(nll, torch.cat(reference_nll(path, prompts, ANSWERS, "<image>\n")), atol=1e-4, rtol=0)
     assert (nll - plain).abs().max() > 0.1
 
@@ -160,11 +160,15 @@ def test_what_a_model_does_to_its_logits_is_kept(tmp_path, family, field, value)
 )
 def test_a_space_stands_before_the_answer_where_the_template_ends_in_a_word(tmp_path, template, apart):
     llm = open_llm(str(sharp_llm("qwen2", tmp_path / "llm")), dtype=torch.float32)
-    splice = Splice(llm, PromptConfig(template=template))
+    splice = Splice(llm, PromptConfig(template=template), visual_tokens=3)
     batch = splice.join(random_prompts(llm, 1), ["a red sofa"])
     tokenizer = llm.tokenizer
     assert batch.targets.tolist() == [*tokenizer.encode(apart + "a red sofa"), tokenizer.eos_token_id]
     assert tokenizer.decode(batch.targets[:-1]) == apart + "a red sofa"
+
+
+def embedded_template(splice: Splice, template: str, prompts: Tensor) -> Tensor:
+    return splice._embed(torch.from_numpy(splice.prompter.template(template))[None], prompts)
 
 
 def with_dummy_prefix(directory: Path) -> Path:
@@ -183,7 +187,7 @@ def test_no_spurious_space_stands_inside_a_sentencepiece_prompt(tmp_path, templa
     llm = open_llm(str(with_dummy_prefix(sharp_llm("mistral", tmp_path / "llm"))), dtype=torch.float32)
     tokenizer = llm.tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n", add_special_tokens=False))[0] == "▁"
-    splice = Splice(llm, PromptConfig(template=template))
+    splice = Splice(llm, PromptConfig(template=template), visual_tokens=3)
     prompts = random_prompts(llm, 1)
     before, after = template.split("<image>")
     apart = "" if template.endswith(("\n", "<image>")) else " "
@@ -196,14 +200,17 @@ def test_no_spurious_space_stands_inside_a_sentencepiece_prompt(tmp_path, templa
     first = [tokenizer.bos_token_id, *tokenizer.encode(before, add_special_tokens=False)]
     embedded = [llm.embed(torch.tensor([ids], dtype=torch.long)) for ids in (first, middle)]
     torch.testing.assert_close(
-        splice.context(prompts, template), torch.cat([embedded[0], prompts, embedded[1]], dim=1), atol=0, rtol=0
+        embedded_template(splice, template, prompts),
+        torch.cat([embedded[0], prompts, embedded[1]], dim=1),
+        atol=0,
+        rtol=0,
     )
 
 
 def test_a_template_that_begins_with_the_bos_token_gets_no_second_one(tmp_path):
     llm = open_llm(str(sharp_llm("llama", tmp_path / "llm")), dtype=torch.float32)
-    splice, prompts = Splice(llm, PromptConfig()), random_prompts(llm, 1)
-    plain, given = (splice.context(prompts, template) for template in ("See:<image>", "<s>See:<image>"))
+    splice, prompts = Splice(llm, PromptConfig(), visual_tokens=3), random_prompts(llm, 1)
+    plain, given = (embedded_template(splice, template, prompts) for template in ("See:<image>", "<s>See:<image>"))
     torch.testing.assert_close(given, plain, atol=0, rtol=0)
 
 
@@ -250,7 +257,11 @@ def greedy(vlm: VLM, image: Image.Image, template: str, steps: int) -> list[int]
 def test_generate_equals_stepwise_argmax(path):
     vlm = tiny_vlm(path, prompt=PromptConfig(template="See:<image>\nIt is"))
     tokenizer = vlm.llm.tokenizer
-    for prompt, template in [(None, "See:<image>\nIt is"), (" What?", "<image> What?"), ("Q <image>:", "Q <image>:")]:
+    for prompt, template in [
+        (None, "See:<image>\nIt is"),
+        ("What?", "<image>Question: What?\nAnswer:"),
+        ("Q <image>:", "Q <image>:"),
+    ]:
         written = [greedy(vlm, image, template, 6) for image in IMAGES]
         ended = [ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids for ids in written]
         expected = [text.strip() for text in tokenizer.batch_decode(ended, skip_special_tokens=True)]

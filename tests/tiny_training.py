@@ -9,6 +9,7 @@ validation losses into RUN/resultsN.json.
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -26,8 +27,12 @@ from tiny import tiny_llm
 from torch import Tensor
 
 from vpgtrans.config import HuggingFaceEncoderConfig, ImageConfig, ProjectorConfig, PromptConfig, QFormerConnectorConfig
-from vpgtrans.data.sources import Mixture
-from vpgtrans.errors import DataError, VpgTransError
+from vpgtrans.data.config import DataSource
+from vpgtrans.data.formats import Opened
+from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.rows import ListRows
+from vpgtrans.data.sources import Source
+from vpgtrans.errors import VpgTransError
 from vpgtrans.llm import open_llm
 from vpgtrans.processes import first_process
 from vpgtrans.projector import Projector
@@ -54,31 +59,33 @@ FINETUNE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Pictures:
-    """Noise images with captions: what `Captions` offers, without a file. Rows in `unreadable` can't be read."""
+class Pictures(Source):
+    """Noise images with captions, without a file. Rows in `unreadable` can't be read."""
 
     def __init__(self, count: int, *, seed: int = 0, unreadable: Collection[int] = ()):
         self.ids = [f"s{seed}-{row:02d}" for row in range(count)]
         self.captions = [f"a {COLOURS[row % 4]} {THINGS[row % 5]}" for row in range(count)]
-        self.weights = np.ones(count)
-        self.unreadable = set(unreadable)
+        pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        images = [b"no image" if row in unreadable else _png(array) for row, array in enumerate(pixels)]
+        records = [
+            {"id": name, "image": image, "caption": caption}
+            for name, image, caption in zip(self.ids, images, self.captions, strict=True)
+        ]
+        super().__init__(Opened(ListRows(records, "pictures"), None, DataSource(dataset="unused")))
         self.fingerprint = f"pictures {count} {seed} {sorted(unreadable)}"
-        self._pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def image(self, index: int) -> Image.Image:
-        if index in self.unreadable:
-            raise DataError(f"sample {self.ids[index]}: no image")
-        return Image.fromarray(self._pixels[index])
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def mixtures(*, unreadable: Collection[int] = ()) -> dict[str, Any]:
     """`train` and `validation` of run_stages."""
     return {
-        "train": Mixture([(Pictures(14, unreadable=unreadable), 1.0)]),  # type: ignore[list-item]
-        "validation": Mixture([(Pictures(5, seed=1), 1.0)]),  # type: ignore[list-item]
+        "train": Mixture([(Pictures(14, unreadable=unreadable), 1.0)]),
+        "validation": Mixture([(Pictures(5, seed=1), 1.0)]),
     }
 
 

@@ -216,18 +216,30 @@ class LoRAConfig(Config):
 
 
 class PromptConfig(Config):
-    """The text around an image. The answer follows the template, after one space unless the template ends in white
-    space or with the image; loss is on the answer and the end token."""
+    """The text around images and answers, see `prompts`. Loss is on answers and the tokens that end them."""
 
     template: str = "<image>\n"
-    """Must hold `<image>` once: the place of the visual prompts."""
+    """Before a caption. Must hold `<image>` once: the place of the visual prompts. The answer follows after one space,
+    unless the template ends in white space or with the image."""
     end: bool = True
-    """Teach the end-of-sequence token after the answer."""
+    """Teach the end-of-sequence token after an answer."""
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """chat: everything in the LLM's own chat template. auto: so where a user says something and the LLM has one; bare
+    captions in `template`. plain: `template` and `question`."""
+    question: str = "Question: {question}\nAnswer:"
+    """Plain: what a user's turn becomes; images that stand before it stay before it."""
+    request: str = "Describe the image."
+    """Chat: what a user says before a bare caption."""
+    max_tokens: PositiveInt | None = None
+    """Longest sample, visual tokens counted; null: what the LLM takes. A longer one loses whole exchanges at its end,
+    then the end of its first answer, never visual tokens."""
 
     @model_validator(mode="after")
     def _one_image(self) -> "PromptConfig":
         if self.template.count("<image>") != 1:
             raise ValueError("the template must hold <image> exactly once")
+        if "{question}" not in self.question:
+            raise ValueError("question must hold {question}: the place of the user's words")
         return self
 
 

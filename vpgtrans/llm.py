@@ -114,6 +114,11 @@ class LanguageModel:
     fingerprint: Fingerprint
 
     @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that its positions were made for, where its config says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def width(self) -> int:
         """Width of `inputs_embeds`."""
         return self.fingerprint.width

@@ -14,6 +14,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     Tag,
     ValidationError,
@@ -73,7 +74,9 @@ class DataConfig(Config):
     train: list[DataSource] = Field(min_length=1)
     validation: list[DataSource] = Field(min_length=1)
     max_bad_fraction: Share = 0.01
-    """Stop when more than this share of the images is unreadable; below it they are skipped and listed."""
+    """Stop when more than this share of the samples is unreadable; below it they are skipped and listed."""
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Processes that read and decode, for each device; auto: none on a CPU, else as many as it has cores, at most 8."""
     augment: AugmentConfig | None = None
     """Random views of training images, in the stages whose `augment` is true; true: the defaults, null: none."""
 

@@ -1,18 +1,18 @@
-"""The splice: visual prompts between the words of a prompt, through the LLM, to a loss or to text.
+"""The splice: visual prompts among the words of a conversation, through the LLM, to a loss or to text.
 
-    [bos] template before <image> | visual prompts [T] | template after <image> | answer [end]
+    [bos] words | visual prompts [T] of an image | words | answer [end] | words | answer [end] …
 
-The loss is on the answer and the end token only, and the LLM's head runs at those positions only: a vocabulary of
-262,144 words times every position would own the memory and most of the time.
+`prompts` says which words these are. The loss is on the answers and the tokens that end them, and the LLM's head runs
+at those positions only: a vocabulary of 262,144 words times every position would own the memory and most of the time.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from vpgtrans.config import PromptConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
+from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
 from vpgtrans.token_loss import token_nll
 from vpgtrans.vision.preprocess import open_image
 from vpgtrans.vision.vpg import VPG
-
-_ANCHORS = ("\n", ":", "0")
-"""What a text may stand behind to be tokenised as the middle of another; the first that does not merge with it."""
 
 
 @dataclass
@@ -49,54 +47,56 @@ class Spliced:
 class Splice:
     """Visual prompts among the words of one LLM's prompt. Knows nothing of images."""
 
-    def __init__(self, llm: LanguageModel, prompt: PromptConfig):
+    def __init__(self, llm: LanguageModel, prompt: PromptConfig, *, visual_tokens: int):
+        """visual_tokens: of an image."""
         self.llm = llm
-        self.prompt = prompt
+        self.prompter = Prompter(llm.tokenizer, prompt, visual_tokens=visual_tokens, limit=llm.max_tokens)
 
-    def join(self, prompts: Tensor, answers: Sequence[str]) -> Spliced:
-        """Visual prompts [B, T, d_llm] and B answers -> one right-padded batch."""
-        before = self.context(prompts, self.prompt.template)
-        encoded = [self._answer_ids(answer) for answer in answers]
-        longest = max(len(ids) for ids in encoded)
-        tokens = torch.zeros(len(encoded), longest, dtype=torch.long)
-        real = torch.zeros(len(encoded), longest, dtype=torch.bool)
-        for row, ids in enumerate(encoded):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            real[row, : len(ids)] = True
-        tokens, real = tokens.to(prompts.device), real.to(prompts.device)
-        ones = real.new_ones(before.shape[:2])
+    def join(self, prompts: Tensor, texts: Sequence[Text | Encoded]) -> Spliced:
+        """Visual prompts [n, T, d_llm] of all images of B conversations, in order -> one right-padded batch."""
+        encoded = [text if isinstance(text, Encoded) else self.prompter.encode(text) for text in texts]
+        if (places := sum(text.images for text in encoded)) != len(prompts):
+            raise ValueError(f"{len(prompts)} images for {places} places in the texts")
+        # The last token is never an input: nothing is predicted after it.
+        length = max(len(text) for text in encoded)
+        tokens = torch.zeros(len(encoded), length, dtype=torch.long)
+        answer = torch.zeros(len(encoded), length, dtype=torch.bool)
+        real = torch.zeros(len(encoded), length, dtype=torch.bool)
+        for row, text in enumerate(encoded):
+            tokens[row, : len(text)] = torch.from_numpy(text.ids)
+            answer[row, : len(text)] = torch.from_numpy(text.answer)
+            real[row, : len(text)] = True
+        device = self.device
         return Spliced(
-            # The last answer token is never an input: nothing is predicted after it.
-            embeddings=torch.cat([before, self.llm.embed(tokens[:, :-1])], dim=1),
-            attention_mask=torch.cat([ones, real[:, 1:]], dim=1).long(),
-            predicts=torch.cat([torch.zeros_like(ones[:, 1:]), real], dim=1),
-            targets=tokens[real],
-            rows=torch.nonzero(real)[:, 0],
+            embeddings=self._embed(tokens[:, :-1].to(device), prompts),
+            attention_mask=real[:, 1:].long().to(device),
+            predicts=answer[:, 1:].to(device),
+            targets=tokens[:, 1:][answer[:, 1:]].to(device),
+            rows=torch.nonzero(answer[:, 1:])[:, 0].to(device),
         )
 
-    def context(self, prompts: Tensor, template: str) -> Tensor:
-        """What stands before an answer, embedded: [B, T, d] -> [B, words + T, d] in the LLM's dtype."""
-        before, after = template.split("<image>", 1)
-        first = self._ids(before)
-        bos = self.llm.tokenizer.bos_token_id
-        if bos is not None and first[:1] != [bos]:  # chat templates may begin with it
-            first = [bos, *first]
-        words = [
-            self.llm.embed(torch.tensor(ids, dtype=torch.long, device=prompts.device)).expand(len(prompts), -1, -1)
-            for ids in (first, self._later_ids(after))
-        ]
-        return torch.cat([words[0], prompts.to(words[0].dtype), words[1]], dim=1)
+    def _embed(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        """Ids [B, L], `VISUAL` where prompts [n, T, d] go in order -> [B, L, d] in the LLM's dtype."""
+        visual = tokens == VISUAL
+        words = self.llm.embed(tokens.masked_fill(visual, 0))
+        if not prompts.numel():
+            return words
+        return words.masked_scatter(visual[..., None], prompts.to(words.dtype))
 
-    def token_nll(self, prompts: Tensor, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        return self.llm.model.get_input_embeddings().weight.device
+
+    def token_nll(self, prompts: Tensor, texts: Sequence[Text | Encoded]) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of every answer token.
 
         Args:
-            prompts: [B, T, d_llm]. answers: B texts.
+            prompts: [n, T, d_llm], the images of all conversations in order. texts: B conversations or captions.
 
         Returns:
-            nll [n] in float32 nats and rows [n], the sample each token belongs to.
+            nll [m] in float32 nats and rows [m], the conversation each token belongs to.
         """
-        batch = self.join(prompts, answers)
+        batch = self.join(prompts, texts)
         with head_only_at(self.llm.model, batch.predicts):
             logits = self.llm.model(
                 inputs_embeds=batch.embeddings, attention_mask=batch.attention_mask, use_cache=False
@@ -104,65 +104,41 @@ class Splice:
         return token_nll(logits[0], batch.targets), batch.rows
 
     @torch.no_grad()
-    def caption_nll(self, prompts: Tensor, captions: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-        """Summed NLL [B] and token count [B] of each caption behind its prompts [B, T, d_llm]."""
-        device = self.llm.model.get_input_embeddings().weight.device
+    def caption_nll(self, prompts: Tensor, captions: Sequence[Text], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Summed NLL [B] and token count [B] of texts of one image each, behind its prompts [B, T, d_llm]."""
         sums, counts = torch.zeros(len(captions)), torch.zeros(len(captions))
         for start in range(0, len(captions), batch_size):
             chunk = slice(start, start + batch_size)
-            nll, rows = self.token_nll(prompts[chunk].to(device), captions[chunk])
+            nll, rows = self.token_nll(prompts[chunk].to(self.device), captions[chunk])
             sums[chunk].index_add_(0, rows.cpu(), nll.cpu())
             counts[chunk].index_add_(0, rows.cpu(), torch.ones(len(nll)))
         return sums, counts
 
     @torch.no_grad()
-    def write(self, prompts: Tensor, template: str, *, max_new_tokens: int, **options: Any) -> list[str]:
-        """Text after the template, for prompts [B, T, d_llm]; greedy unless `options` say otherwise."""
-        embeddings = self.context(prompts, template)
+    def write(self, prompts: Tensor, before: Sequence[np.ndarray], *, max_new_tokens: int, **options: Any) -> list[str]:
+        """The next words of each of B texts; greedy unless `options` say otherwise.
+
+        Args:
+            prompts: [n, T, d_llm] of all their images in order. before: ids [L] of what stands before each answer.
+        """
+        longest = max(len(ids) for ids in before)
+        tokens = torch.zeros(len(before), longest, dtype=torch.long)
+        real = torch.zeros(len(before), longest, dtype=torch.long)
+        for row, ids in enumerate(before):  # padded on the left: what is written goes on from the right
+            tokens[row, longest - len(ids) :] = torch.from_numpy(ids)
+            real[row, longest - len(ids) :] = 1
+        embeddings = self._embed(tokens.to(self.device), prompts)
         tokenizer = self.llm.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # Every sequence of the batch has the same length, so nothing is padded.
         written = self.llm.model.generate(
             inputs_embeds=embeddings,
-            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device),
+            attention_mask=real.to(self.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=padding,
             eos_token_id=tokenizer.eos_token_id,
             **{"do_sample": False, **options},
         )
         return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-
-    def answer_length(self, answer: str) -> int:
-        """Tokens that the loss counts for an answer, the end token included."""
-        return len(self._answer_ids(answer))
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        # After a template like "Name:" a word starts with a space, which belongs to its token.
-        apart = "" if self.prompt.template[-1:].isspace() or self.prompt.template.endswith("<image>") else " "
-        end = self.llm.tokenizer.eos_token_id
-        return self._later_ids(apart + answer) + ([end] if self.prompt.end and end is not None else [])
-
-    def _ids(self, text: str) -> list[int]:
-        return self.llm.tokenizer.encode(text, add_special_tokens=False) if text else []
-
-    def _later_ids(self, text: str) -> list[int]:
-        """Ids of a text that stands behind something: without the space that SentencePiece puts before a first word."""
-        behind = self._ids_behind_anchor(text) if text and self._adds_prefix else None
-        return self._ids(text) if behind is None else behind
-
-    def _ids_behind_anchor(self, text: str) -> list[int] | None:
-        """None where every anchor merges with the text or vanishes."""
-        for anchor in _ANCHORS:
-            head, whole = self._ids(anchor), self._ids(anchor + text)
-            if head and whole[: len(head)] == head:
-                return whole[len(head) :]
-        return None
-
-    @cached_property
-    def _adds_prefix(self) -> bool:
-        """Whether a word at the start of a text has other ids than inside one; where not, texts are taken alone."""
-        behind = self._ids_behind_anchor("a")
-        return behind is not None and behind != self._ids("a")
 
 
 class VLM(nn.Module):
@@ -185,7 +161,7 @@ class VLM(nn.Module):
         self.language_model: nn.Module = llm.model
         self.llm = llm
         self.prompt = prompt
-        self.splice = Splice(llm, prompt)
+        self.splice = Splice(llm, prompt, visual_tokens=vpg.tokens)
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +177,20 @@ class VLM(nn.Module):
         first = next(self.vpg.parameters())
         return self.vpg(pixels.to(first.device, first.dtype))
 
+    def prompts(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
+        """Images -> visual prompts [B, T, d_llm]; B may be 0."""
+        if not images:
+            return torch.empty(0, self.vpg.tokens, self.llm.width, device=self.device)
+        tokens = self.visual_tokens(images)
+        return self.prompts_from(tokens.to(next(self.projector.parameters()).dtype))
+
+    def question(self, prompt: str | None) -> np.ndarray:
+        """Ids [L] of what stands before an answer about one image, see `generate`."""
+        prompter = self.splice.prompter
+        if prompt is not None and IMAGE in prompt:
+            return prompter.template(prompt)
+        return prompter.question([Turn("user", f"{IMAGE}\n{prompt}" if prompt else IMAGE)])
+
     @torch.no_grad()
     def generate(
         self,
@@ -215,17 +205,17 @@ class VLM(nn.Module):
 
         Args:
             images: PIL images or paths.
-            prompt: a template with `<image>`, or a text that is put after the image; the trained template if None.
+            prompt: a question about each image, put as in training; or, with `<image>` in it, a text that is taken as
+                it stands; None asks for a caption.
 
         Raises:
             DataError: an image can't be read.
         """
-        template = self.prompt.template if prompt is None else prompt if "<image>" in prompt else f"<image>{prompt}"
+        before = self.question(prompt)
         texts: list[str] = []
         for start in range(0, len(images), batch_size):
-            tokens = self.visual_tokens(images[start : start + batch_size])
-            prompts = self.prompts_from(tokens.to(next(self.projector.parameters()).dtype))
-            texts += self.splice.write(prompts, template, max_new_tokens=max_new_tokens, **options)
+            prompts = self.prompts(images[start : start + batch_size])
+            texts += self.splice.write(prompts, [before] * len(prompts), max_new_tokens=max_new_tokens, **options)
         return texts
 
 

@@ -65,7 +65,7 @@ def read_run(run: Path) -> RunFiles:
         initialisers=_rows(run / "initialisers.json"),
         trainable=_rows(run / "trainable.json"),
         samples=_rows(run / "samples.json"),
-        skipped=_lines(run / "skipped.jsonl"),
+        skipped=_lines(run / "quarantine.jsonl"),
         lineage=_mapping(run / "lineage.json"),
         environment=_mapping(run / "environment.json"),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,

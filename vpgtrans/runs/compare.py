@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
+from vpgtrans.data.mixture import open_mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.processes import by_torchrun
 from vpgtrans.recipe import ARMS, Budget, Recipe, Stage
@@ -28,7 +29,6 @@ from vpgtrans.runs.parts import (
     check_references,
     flushed_denormals,
     fresh_connector,
-    open_mixture,
     open_source,
     pick_device,
 )

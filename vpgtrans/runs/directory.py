@@ -22,7 +22,7 @@ _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets
 class RunDirectory:
     """The directory of one run.
 
-    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  trainable.json  lineage.json  skipped.jsonl
+    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  trainable.json  lineage.json  quarantine.jsonl
     samples.json  summary.json  report.html  checkpoints/  vlm/
     """
 

@@ -13,23 +13,23 @@ import numpy as np
 from PIL import Image
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
-from vpgtrans.data.sources import Mixture
+from vpgtrans.data.mixture import Mixture, open_mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
 from vpgtrans.memory import forget, overall_peak, start_span
 from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
+from vpgtrans.runs.answers import answer
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import check_run, create_run
-from vpgtrans.runs.parts import check_references, flushed_denormals, open_mixture, open_source, pick_device, readable
+from vpgtrans.runs.parts import check_references, flushed_denormals, open_source, pick_device, readable
 from vpgtrans.runs.start import Start, begin, describe, prepare, with_prompt
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
 from vpgtrans.training.parts import changed_parts
 from vpgtrans.vision.preprocess import to_rgb
-from vpgtrans.vlm import VLM
 from vpgtrans.vlm_directory import save_vlm
 
 _LOGGER = logging.getLogger(__name__)
@@ -123,12 +123,13 @@ def _journey(
         return path  # it was started to train along; the rest is the first one's
     after = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
     run.write("samples.json", _samples(validation, shown, images, before, after))
-    predictions, references = _predict(vlm, validation, recipe)
+    scored = range(min(recipe.evaluation.samples, len(validation)))
+    said = answer(vlm, validation, scored, max_new_tokens=recipe.evaluation.max_new_tokens)
     summary = {
         "name": recipe.name,
         "initialiser": start.initialisation.name,
         "val_loss": results[-1].val_loss,
-        "metrics": score(predictions, references),
+        "metrics": score(said.predictions, said.references),
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
         "seconds": clock(),
@@ -177,20 +178,6 @@ def _converter_bill(start: Start) -> dict[str, Any]:
         "seconds": start.seconds,
         "memory_bytes": start.memory,
     }
-
-
-def _predict(vlm: VLM, mixture: Mixture, recipe: Recipe) -> tuple[list[str], list[list[str]]]:
-    """Captions of the held-out images that are scored, and all reference captions of each."""
-    predictions: list[str] = []
-    references: list[list[str]] = []
-    rows = range(min(recipe.evaluation.samples, len(mixture)))
-    for start in range(0, len(rows), 16):
-        kept, images = readable(mixture, rows[start : start + 16])
-        predictions += vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
-        for row in kept:
-            captions, index = mixture.locate(row)
-            references.append(captions.references[index])
-    return predictions, references
 
 
 def _samples(

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from vpgtrans.config import PromptConfig, VPGConfig
-from vpgtrans.data.config import DataSource
-from vpgtrans.data.sources import Mixture, open_captions
+from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.sample import Dropped
 from vpgtrans.doctor import cpu_has_bf16
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
@@ -169,11 +169,6 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def open_mixture(sources: list[DataSource]) -> Mixture:
-    """Data sources with their weights."""
-    return Mixture([(open_captions(source), source.weight) for source in sources])
-
-
 def check_widths(vpg: VPG, projector: Projector | None) -> None:
     """Raises TransferError if a source's VPG and projector do not belong together."""
     if projector is not None and projector.width_in != vpg.width:
@@ -195,12 +190,14 @@ def check_references(recipe: Recipe) -> None:
 
 
 def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:
-    """Those of the given rows whose image can be read, and the images; the others are logged."""
+    """Those of the given rows that have one image which can be read, and the images; damaged ones are logged."""
     kept: list[int] = []
     images: list[Image.Image] = []
     for row in rows:
         try:
             images.append(mixture.image(row))
+        except Dropped:
+            continue
         except DataError as error:
             _LOGGER.warning("skipped: %s", error)
         else:

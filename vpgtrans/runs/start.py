@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
-from vpgtrans.data.sources import Mixture
+from vpgtrans.data.mixture import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import trainable_table
@@ -127,17 +126,17 @@ def score_others(
 
 def _sample(train: Mixture) -> list[int]:
     """The images on which initialisers are calibrated."""
-    return [int(row) for row in np.random.default_rng(0).permutation(len(train))[:SCORING_IMAGES]]
+    return train.some(SCORING_IMAGES, seed=0)
 
 
 def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture, each: Each = None) -> Scoring:
     context = prepared.context
-    rows = [int(row) for row in np.random.default_rng(2).permutation(len(validation))[:SCORING_IMAGES]]
+    rows = validation.some(SCORING_IMAGES, seed=2)
     tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows)
     return Scoring(
-        caption_nll=Splice(prepared.llm, prepared.prompt).caption_nll,
+        caption_nll=Splice(prepared.llm, prepared.prompt, visual_tokens=tokens.shape[1]).caption_nll,
         visual_tokens=tokens,
-        captions=[validation.caption(row) for row in held_out],
+        captions=[validation.sample(row).text for row in held_out],
         copy_test=CopyTest(context.source, prepared.llm) if context.source is not None else None,
         seed=recipe.seed,
         each=(lambda row: each(row.to_json())) if each is not None else None,

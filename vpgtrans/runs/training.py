@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vpgtrans.data.sources import Mixture
+from vpgtrans.data.mixture import Mixture
 from vpgtrans.errors import VpgTransError
 from vpgtrans.processes import first_process
 from vpgtrans.progress import trainable_table
@@ -51,7 +51,7 @@ def run_stages(
 ) -> list[StageResult]:
     """Train through all stages; the VLM is left at the best validation of the last one.
 
-    Writes metrics.jsonl, trainable.json, skipped.jsonl and checkpoints into `run`.
+    Writes metrics.jsonl, trainable.json, quarantine.jsonl and checkpoints into `run`.
 
     Args:
         initial_seconds: what came before on the bill (converter, probe). clock: of the run; it is set to go on from an
@@ -130,12 +130,12 @@ def run_stages(
 def _write_skipped(run: RunDirectory, bad: BadSamples) -> None:
     if bad.listed:
         lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in bad.listed.items()]
-        (run.path / "skipped.jsonl").write_text("".join(lines))
+        (run.path / "quarantine.jsonl").write_text("".join(lines))
 
 
 def _read_skipped(run: RunDirectory) -> dict[str, str]:
     try:
-        lines = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run.path / "quarantine.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return {}  # none so far, or the process was killed while it wrote: they will be met again
     return {line["id"]: line["reason"] for line in lines}

@@ -9,20 +9,19 @@ import torch
 
 from vpgtrans.config import EncoderConfig, VPGConfig
 from vpgtrans.data.config import DataSource
-from vpgtrans.data.sources import Mixture, open_captions
+from vpgtrans.data.mixture import open_mixture
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
 from vpgtrans.evaluation.metrics import score
 from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe
 from vpgtrans.references import resolve
+from vpgtrans.runs.answers import answer
 from vpgtrans.runs.parts import (
     check_references,
     check_widths,
-    open_mixture,
     open_source,
     open_vlm,
     pick_device,
-    readable,
 )
 from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.vision.importers import importable
@@ -69,30 +68,17 @@ def evaluate(
     sets = {}
     for name in data:
         dataset, split = _dataset_and_split(name)
-        sets[name] = open_captions(
-            DataSource.model_validate({"dataset": dataset, "split": split, "limit": samples, **(columns or {})})
-        )
+        source = DataSource.model_validate({"dataset": dataset, "split": split, "limit": samples, **(columns or {})})
+        sets[name] = open_mixture([source])
     opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
     found: dict[str, dict[str, Any]] = {}
-    for name, captions in sets.items():
-        nll = tokens = 0.0
-        predictions: list[str] = []
-        references: list[list[str]] = []
-        mixture = Mixture([(captions, 1.0)])
-        for start in range(0, len(captions), 16):
-            rows, images = readable(mixture, range(start, min(start + 16, len(captions))))
-            if not rows:
-                continue
-            prompts = opened.prompts_from(opened.visual_tokens(images).float())
-            sums, counts = opened.splice.caption_nll(prompts, [captions.captions[row] for row in rows])
-            nll, tokens = nll + sums.sum().item(), tokens + counts.sum().item()
-            predictions += opened.splice.write(prompts, opened.prompt.template, max_new_tokens=max_new_tokens)
-            references += [captions.references[row] for row in rows]
-        if not predictions:
-            raise DataError(f"{name}: none of its {len(captions)} images can be read")
-        found[name] = {"val_loss": nll / tokens, **score(predictions, references)}
-        if unreadable := len(captions) - len(predictions):
-            found[name]["unreadable"] = unreadable
+    for name, mixture in sets.items():
+        said = answer(opened, mixture, range(len(mixture)), max_new_tokens=max_new_tokens, with_loss=True)
+        if not said.predictions:
+            raise DataError(f"{name}: none of its {len(mixture)} samples can be read and asked about")
+        found[name] = {"val_loss": said.nll / said.tokens, **score(said.predictions, said.references)}
+        if said.unreadable:
+            found[name]["unreadable"] = said.unreadable
     return found
 
 
@@ -148,7 +134,7 @@ def validate(recipe: Recipe) -> dict[str, Any]:
     config = open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
     found["target_model"] = config.get_text_config().model_type
     for role, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-        found[f"{role}_samples"] = sum(len(open_captions(source)) for source in sources)
+        found[f"{role}_samples"] = len(open_mixture(sources))
     if isinstance(vpg, VPGConfig):
         _check_encoder(vpg.encoder)
     elif resolved is not None and resolved.kind != "vlm":

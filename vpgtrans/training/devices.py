@@ -7,6 +7,7 @@ import torch
 from vpgtrans.errors import RecipeError
 from vpgtrans.processes import by_torchrun, first_process
 from vpgtrans.recipe import Recipe, TrainerConfig
+from vpgtrans.training.workers import default_workers
 
 
 def check_devices(recipe: Recipe, device: torch.device) -> None:
@@ -44,6 +45,15 @@ def check_batch(stage: str, batch_size: int, world: int) -> None:
             f"stage {stage}: batch_size {batch_size} is for all devices together, and there are {world}; give at "
             "least one sample a device"
         )
+
+
+def data_workers(recipe: Recipe, device: torch.device) -> int:
+    """Processes that load data for one device, see `data.workers`."""
+    if recipe.data.workers != "auto":
+        return recipe.data.workers
+    started = by_torchrun()
+    here = started[0] if started is not None else torch.cuda.device_count() if device.type == "cuda" else 1
+    return default_workers(device, processes=max(1, here))
 
 
 def trainer_devices(config: TrainerConfig, device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from vpgtrans.data.sample import Dropped
 from vpgtrans.errors import DataError
 from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
@@ -30,7 +31,7 @@ from vpgtrans.vision.vpg import VPG
 Level = Literal["pixels", "patches", "tokens"]
 """How far the frozen front reaches: nowhere, through the encoder, through the connector."""
 
-_MISSING, _STORED, _UNREADABLE = 0, 1, 2
+_MISSING, _STORED, _UNREADABLE, _WITHOUT = 0, 1, 2, 3
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -38,22 +39,23 @@ class Images(Protocol):
     """What a data set must offer to be cached."""
 
     @property
-    def ids(self) -> Sequence[str]: ...
-
-    @property
     def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image: ...
+    def id(self, row: int) -> str: ...
+
+    def image(self, row: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that was skipped, and why."""
+    """A sample that was skipped, and why."""
 
     id: str
     reason: str
+    dropped: bool = False
+    """By a stated rule, not because it is damaged."""
 
 
 class FrozenFront:
@@ -64,10 +66,13 @@ class FrozenFront:
         self.level = level
         self.dtype = dtype
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Images -> pixels [B, 3, S, S], patches [B, N, d_enc] or visual tokens [B, T, d_vpg], on the CPU."""
-        pixels = torch.stack([self.vpg.transform(image) for image in images])
+        return self.of_pixels(torch.stack([self.vpg.transform(image) for image in images]))
+
+    @torch.no_grad()
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """As `__call__`, from pixels [B, 3, S, S]."""
         if self.level == "pixels":
             return pixels
         parameter = next(self.vpg.encoder.parameters())
@@ -137,6 +142,8 @@ class FeatureCache:
                     try:
                         pictures.append(self.images.image(row))
                         readable.append(row)
+                    except Dropped:
+                        flags[row] = _WITHOUT
                     except DataError as error:
                         self._reasons[row] = str(error)
                         flags[row] = _UNREADABLE
@@ -151,7 +158,7 @@ class FeatureCache:
 
     def unreadable(self, rows: Sequence[int]) -> list[Unreadable]:
         """Those of the given rows that can't be read."""
-        return [Unreadable(self.images.ids[row], self._reasons[row]) for row in rows if row in self._reasons]
+        return [Unreadable(self.images.id(row), self._reasons[row]) for row in rows if row in self._reasons]
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), ...] in the stored dtype; the rows must have been ensured and be readable."""

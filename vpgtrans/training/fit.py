@@ -6,7 +6,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,28 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from vpgtrans.config import AugmentConfig, Mode, Part
-from vpgtrans.data.sources import Mixture
-from vpgtrans.errors import TrainingError
+from vpgtrans.data.mixture import Mixture
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import bar
+from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
-from vpgtrans.training.devices import check_batch, trainer_devices
-from vpgtrans.training.features import FrozenFront, Level, Unreadable
+from vpgtrans.training.devices import check_batch, data_workers, trainer_devices
+from vpgtrans.training.features import FrozenFront, Level
+from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
-from vpgtrans.training.samples import WINDOW, BadSamples, Batch, Samples
+from vpgtrans.training.samples import WINDOW, BadSamples, Samples
 from vpgtrans.training.stopping import Stopped, StopSignals
 from vpgtrans.vlm import VLM
 
 _LOGGER = logging.getLogger(__name__)
+VOCABULARY_SAMPLES = 100_000
+"""Training samples whose words the `words` objective tells apart, where there are more."""
 
 
 def boundary(stage: Stage, augmentation: AugmentConfig | None) -> tuple[Level, bool]:
@@ -45,100 +47,19 @@ def boundary(stage: Stage, augmentation: AugmentConfig | None) -> tuple[Level, b
     return level, stage.cache_features is not False
 
 
-def count_updates(stage: Stage, mixture: Mixture, vlm: VLM) -> int:
-    """A stage's budget in optimizer updates: samples ÷ batch size, rounded up; tokens by the mean caption's length."""
+def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter) -> int:
+    """A stage's budget in optimizer updates: samples ÷ batch size, rounded up; tokens by the mean answer's length.
+
+    Raises:
+        DataError: none of the samples looked at is readable.
+    """
     samples = stage.budget.samples
     if samples is None:
         assert stage.budget.tokens is not None
-        some = mixture.order(0, 0)[:1000]
-        mean = sum(vlm.splice.answer_length(mixture.caption(int(row))) for row in some) / len(some)
-        samples = math.ceil(stage.budget.tokens / mean)
+        some = mixture.readable(mixture.draws(0, 0, min(1000, len(mixture))))
+        lengths = [prompter.encode(sample.text).answers for sample in some]
+        samples = math.ceil(stage.budget.tokens * len(lengths) / sum(lengths))
     return math.ceil(samples / stage.batch_size)
-
-
-class Updates(IterableDataset[Batch]):
-    """The batches of a stage from update `start` on; a device gets its slice of every batch."""
-
-    def __init__(self, samples: Samples, stage: Stage, *, seed: int, first_sample: int, start: int, stop: int):
-        self.samples = samples
-        self.stage = stage
-        self.seed = seed
-        self.first_sample = first_sample
-        self.start = start
-        self.stop = stop
-        self.rank, self.world = 0, 1
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def rows(self, *, start: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The mixture's rows of each update over all devices, and their positions in the run's order.
-
-        start: the first update; the one that the stage goes on from if None.
-        """
-        size = self.stage.batch_size
-        begin = self.first_sample + (self.start if start is None else start) * size
-        batches = self.samples.mixture.batches(self.seed, begin, batch_size=size)
-        for first in range(begin, self.first_sample + self.stop * size, size):
-            yield next(batches), np.arange(first, first + size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        own = slice(self.rank, None, self.world)
-        for rows, positions in self.rows():
-            self.samples.see(rows.tolist())
-            yield self.samples.fetch(rows[own].tolist(), positions=positions[own].tolist())
-
-    def ids(self) -> set[str]:
-        """The samples of the whole stage, also of its updates before `start`."""
-        rows = [rows for rows, _ in self.rows(start=0)]
-        return {self.samples.mixture.id(row) for row in np.unique(np.concatenate(rows)).tolist()}
-
-    def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
-        """Fill the caches with all that these updates need, see `Samples.prepare`."""
-        pairs = list(self.rows())
-        if not pairs:
-            return []
-        rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
-        return self.samples.prepare(rows, title, positions=positions, each=each)
-
-
-class Validator:
-    """Loss on the validation set, per answer token; of several devices each takes its share of the rows."""
-
-    def __init__(self, samples: Samples, rows: Sequence[int], *, batch_size: int = 32):
-        self.samples = samples
-        self.rows = list(rows)
-        self.batch_size = batch_size
-
-    @torch.no_grad()
-    def __call__(self, module: StageModule) -> float:
-        """The caption loss, in nats a token, over all validation samples; where it is not trained, what is.
-
-        Every device returns the same value.
-
-        Raises:
-            TrainingError: no validation image is readable.
-        """
-        module.eval()
-        names = list(module.objectives)
-        sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        self.samples.see(self.rows)
-        rows = self.rows[module.rank :: module.world]
-        for start in range(0, len(rows), self.batch_size):
-            batch = self.samples.fetch(rows[start : start + self.batch_size])
-            if not len(batch):
-                continue
-            for name, (summed, _) in module.losses(batch).items():
-                sums[name] += summed.item()
-                weights[name] += module.objectives[name].weight(module.vlm, batch.captions, module.vlm.vpg.tokens)
-        module.train()
-        sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
-        weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))
-        if not any(weights.values()):
-            raise TrainingError("no validation image is readable; skipped.jsonl says why")
-        # The caption loss alone where it is there: it is what arms and stages are compared by.
-        counted = ["caption"] if "caption" in names else names
-        return sum(sums[name] / weights[name] for name in counted)
 
 
 class RunLog:
@@ -261,7 +182,7 @@ class StageRun:
         """features: directory of the feature caches, if not the user's.
 
         Raises:
-            TrainingError: too many of the images whose features are cached are unreadable.
+            TrainingError: too many of the samples whose features are cached are unreadable.
             Stopped: a signal asked for it.
         """
         start_span()
@@ -274,41 +195,51 @@ class StageRun:
         self.changed = changed
         self.stop = stop or StopSignals()
         self.bad = bad
-        self.updates = count_updates(stage, train, vlm)
+        prompter = vlm.splice.prompter
+        self.updates = count_updates(stage, train, prompter)
         every = stage.validate_every or math.ceil(self.updates / 10) * stage.batch_size
         self.validate_every = max(1, round(every / stage.batch_size))
 
         augment = recipe.augmentation(stage)
         level, cached = boundary(stage, augment)
         front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
-        samples = Samples(train, front, bad=bad, cached=cached, augment=augment, seed=recipe.seed, directory=features)
+        workers = data_workers(recipe, vlm.device)
+        samples = Samples(
+            train, front, prompter, bad=bad, cached=cached, augment=augment, seed=recipe.seed, directory=features
+        )
         first_sample = int(progress.stage_start["samples"])
         self.data = Updates(
-            samples, stage, seed=recipe.seed, first_sample=first_sample, start=progress.update, stop=self.updates
+            samples,
+            stage,
+            seed=recipe.seed,
+            first_sample=first_sample,
+            start=progress.update,
+            stop=self.updates,
+            workers=workers,
+            pin=vlm.device.type == "cuda",
         )
-        held_out = Samples(validation, front, bad=bad, cached=cached, directory=features)
+        held_out = Samples(validation, front, prompter, bad=bad, cached=cached, directory=features)
         rows = np.arange(len(validation))
         if recipe.trainer.validate_samples is not None:
             # The same subset for every run: a fixed permutation, not the run's seed.
             rows = np.sort(np.random.default_rng(0).permutation(len(validation))[: recipe.trainer.validate_samples])
-        self.validator = Validator(held_out, [int(row) for row in rows])
+        self.validator = Validator(held_out, [int(row) for row in rows], workers=workers)
         started = time.perf_counter()
         unreadable = self.data.prepare(f"{stage.name}: images", each=self.stop.check)
         unreadable += held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
         self.preparation_seconds = time.perf_counter() - started
         progress.seconds += self.preparation_seconds
-        visited = self.data.ids() | {validation.id(row) for row in self.validator.rows}
-        bad.expected = min(len(visited), WINDOW)
+        visited = self.data.visited() + len(self.validator.rows)
+        bad.expected = min(visited, WINDOW)
         if cached:
-            bad.note(list(visited), unreadable)
+            bad.note(unreadable, seen=visited)
             bad.check()  # all processes know the same, so none has to wait for the others
 
-        captions = [caption for source in train.sources for caption in source.captions]
         self.module = StageModule(
             vlm,
             stage,
             front=front,
-            objectives=build_objectives(list(stage.losses), vlm, captions),
+            objectives=build_objectives(list(stage.losses), vlm, train.captions(VOCABULARY_SAMPLES)),
             updates=self.updates,
             done=progress.update,
             seed=recipe.seed,

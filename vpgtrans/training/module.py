@@ -103,7 +103,7 @@ class StageModule(L.LightningModule):
         """One update.
 
         Raises:
-            TrainingError: the loss is not finite, or no image of the batch is readable on any device; nothing was
+            TrainingError: the loss is not finite, or no sample of the batch is readable on any device; nothing was
                 changed by this batch.
         """
         # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
@@ -138,12 +138,12 @@ class StageModule(L.LightningModule):
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices."""
         visual = self.vlm.vpg.tokens
-        whole = {name: goal.weight(self.vlm, batch.captions, visual) for name, goal in self.objectives.items()}
+        whole = {name: goal.weight(batch, visual) for name, goal in self.objectives.items()}
         # A device whose whole share is unreadable adds nothing; the others' shares are the batch.
         samples, *weights = self.over_devices([float(len(batch)), *whole.values()])
         if not samples:
             raise TrainingError(
-                f"stage {self.stage.name}, update {self.done + 1}: no image of this batch is readable: "
+                f"stage {self.stage.name}, update {self.done + 1}: no sample of this batch is readable: "
                 f"{', '.join(batch.skipped)}"
             )
         whole = dict(zip(whole, weights, strict=True))
@@ -154,9 +154,10 @@ class StageModule(L.LightningModule):
                 sums = self.losses(batch.part(start, start + size))
                 total = torch.zeros((), device=self.device)
                 for name, (summed, _) in sums.items():
-                    total = total + self.loss_weights[name] * summed / whole[name]
-                    terms[name] += summed.item() / whole[name]
-                self.manual_backward(total)
+                    total = total + self.loss_weights[name] * summed / (whole[name] or 1.0)
+                    terms[name] += summed.item() / (whole[name] or 1.0)
+                if total.requires_grad:  # text alone teaches nothing to a projector
+                    self.manual_backward(total)
         terms = dict(zip(terms, self.over_devices(list(terms.values())), strict=True))
         loss = sum(self.loss_weights[name] * value for name, value in terms.items())
         return {
@@ -203,5 +204,8 @@ class StageModule(L.LightningModule):
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         """Each objective's summed loss on a batch, and the number of terms in it."""
-        prompts = self.vlm.prompts_from(self.front.rest(batch.inputs.to(self.device)))
-        return {name: goal(self.vlm, prompts, batch.captions) for name, goal in self.objectives.items()}
+        if len(batch.inputs):
+            prompts = self.vlm.prompts_from(self.front.rest(batch.inputs.to(self.device)))
+        else:
+            prompts = torch.empty(0, self.vlm.vpg.tokens, self.vlm.llm.width, device=self.device)
+        return {name: goal(self.vlm, prompts, batch) for name, goal in self.objectives.items()}

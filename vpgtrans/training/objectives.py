@@ -1,4 +1,4 @@
-"""What a stage minimises, as functions of visual prompts and captions.
+"""What a stage minimises, as functions of visual prompts and what is said about the images.
 
 `caption`: the LLM's negative log-likelihood of the caption behind the prompts; what a VLM is trained with.
 `words`: the prompts are to lie where the caption's tokens lie in the LLM's embedding space: the first half of them
@@ -9,13 +9,16 @@ another LLM. It serves as a cheap first stage for a new VPG, or beside `caption`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpgtrans.prompts import answer_of
+from vpgtrans.training.samples import Batch
 from vpgtrans.vlm import VLM
 
 SHARPNESS = 20.0
@@ -31,25 +34,25 @@ class Objective(nn.Module, ABC):
     """A loss on visual prompts, summed over a batch, so that micro-batches add up."""
 
     @abstractmethod
-    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
-        """Prompts [B, T, d_llm], B captions -> the summed loss, and how many terms it sums."""
+    def forward(self, vlm: VLM, prompts: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """Prompts [n, T, d_llm] of the batch's images -> the summed loss, and how many terms it sums."""
 
     @abstractmethod
-    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
-        """What the sum over `captions` with `visual` prompts each is divided by."""
+    def weight(self, batch: Batch, visual: int) -> float:
+        """What the sum over a batch with `visual` prompts an image is divided by."""
 
 
 class CaptionObjective(Objective):
     """The LLM's loss on the answer tokens."""
 
-    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
-        """Prompts [B, T, d_llm], B captions -> summed NLL, and how many tokens it sums."""
-        nll, _ = vlm.splice.token_nll(prompts, captions)
+    def forward(self, vlm: VLM, prompts: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """Prompts [n, T, d_llm] -> summed NLL, and how many tokens it sums."""
+        nll, _ = vlm.splice.token_nll(prompts, batch.encoded)
         return nll.sum(), len(nll)
 
-    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
-        """What the sum is divided by: the answer tokens of all captions."""
-        return float(sum(vlm.splice.answer_length(caption) for caption in captions))
+    def weight(self, batch: Batch, visual: int) -> float:
+        """What the sum is divided by: the answer tokens of all samples."""
+        return float(batch.answer_tokens)
 
 
 class WordObjective(Objective):
@@ -64,7 +67,7 @@ class WordObjective(Objective):
     offsets: Tensor
     spread: Tensor
 
-    def __init__(self, vlm: VLM, captions: Sequence[str]):
+    def __init__(self, vlm: VLM, captions: Iterable[str]):
         super().__init__()
         self.tokenizer: Any = vlm.llm.tokenizer
         self.filler = self._ids("\n")[0]
@@ -77,8 +80,10 @@ class WordObjective(Objective):
         self.register_buffer("offsets", embeddings.square().sum(dim=1) / 2)
         self.register_buffer("spread", variance)
 
-    def forward(self, vlm: VLM, prompts: Tensor, captions: Sequence[str]) -> tuple[Tensor, int]:
-        """Prompts [B, T, d_llm], B captions -> summed weighted loss, and how many prompts it sums."""
+    def forward(self, vlm: VLM, prompts: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """Prompts [n, T, d_llm] -> summed weighted loss, and how many prompts it sums."""
+        rows, captions = _of_one_image(batch)
+        prompts = prompts[rows]
         targets, weights = self._targets(captions, prompts.shape[1])
         targets, weights = targets.flatten().to(prompts.device), weights.flatten().to(prompts.device)
         prompts = prompts.float().flatten(0, 1)
@@ -87,9 +92,9 @@ class WordObjective(Objective):
         distance = (prompts - self.embeddings[targets]).square().sum(dim=-1) / self.spread
         return ((nll + PULL * distance) * weights).sum(), len(targets)
 
-    def weight(self, vlm: VLM, captions: Sequence[str], visual: int) -> float:
+    def weight(self, batch: Batch, visual: int) -> float:
         """What the sum is divided by: the weights of all captions' prompts."""
-        return float(self._targets(captions, visual)[1].sum())
+        return float(self._targets(_of_one_image(batch)[1], visual)[1].sum())
 
     def _targets(self, captions: Sequence[str], visual: int) -> tuple[Tensor, Tensor]:
         """Rows of the vocabulary and weights, both [B, visual]."""
@@ -110,12 +115,19 @@ class WordObjective(Objective):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-OBJECTIVES: dict[str, Callable[[VLM, Sequence[str]], Objective]] = {
+def _of_one_image(batch: Batch) -> tuple[list[int], list[str]]:
+    """What is said about samples of one image, and the places of these images."""
+    firsts = [0, *accumulate(text.images for text in batch.encoded)]
+    alone = [row for row, text in enumerate(batch.encoded) if text.images == 1]
+    return [firsts[row] for row in alone], [answer_of(batch.texts[row]) for row in alone]
+
+
+OBJECTIVES: dict[str, Callable[[VLM, Iterable[str]], Objective]] = {
     "caption": lambda vlm, captions: CaptionObjective(),
     "words": WordObjective,
 }
 
 
-def build_objectives(names: Sequence[str], vlm: VLM, captions: Sequence[str]) -> dict[str, Objective]:
-    """The named objectives; `captions` are those of the training data."""
+def build_objectives(names: Sequence[str], vlm: VLM, captions: Iterable[str]) -> dict[str, Objective]:
+    """The named objectives; `captions` are those of the training data, taken only where they are needed."""
     return {name: OBJECTIVES[name](vlm, captions) for name in names}

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from vpgtrans.config import AugmentConfig
-from vpgtrans.data.sources import Captions, Mixture
+from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.sample import Dropped, Sample
+from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError, TrainingError
+from vpgtrans.prompts import Encoded, Prompter, Text
 from vpgtrans.training.features import FeatureCache, FrozenFront, Images, Unreadable
 from vpgtrans.vision.augment import random_view
 from vpgtrans.vision.preprocess import Color
@@ -23,13 +27,14 @@ class Batch:
     """One optimizer update's samples (or a slice of them).
 
     Attributes:
-        ids: sample ids. captions: their answers.
-        inputs: [B, …] pixels, patches or visual tokens, by the level of the frozen front.
-        skipped: ids of the samples that are left out because their image can't be read; B may be 0.
+        ids: sample ids. texts: what they say. encoded: the same as token ids.
+        inputs: [n, …] pixels, patches or visual tokens of all their images in order, by the level of the frozen front.
+        skipped: ids of the samples that are left out, because they can't be read or by a rule; B may be 0.
     """
 
     ids: list[str]
-    captions: list[str]
+    texts: list[Text]
+    encoded: list[Encoded]
     inputs: Tensor
     skipped: list[str] = field(default_factory=list)
 
@@ -37,10 +42,18 @@ class Batch:
         return len(self.ids)
 
     def part(self, start: int, stop: int) -> "Batch":
-        return Batch(self.ids[start:stop], self.captions[start:stop], self.inputs[start:stop])
+        ends = [0, *accumulate(text.images for text in self.encoded)]
+        images = slice(ends[min(start, len(self))], ends[min(stop, len(self))])
+        own = slice(start, stop)
+        return Batch(self.ids[own], self.texts[own], self.encoded[own], self.inputs[images])
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids, self.captions, self.inputs.to(device), self.skipped)
+        return replace(self, inputs=self.inputs.to(device, non_blocking=True))
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that the caption loss counts."""
+        return sum(text.answers for text in self.encoded)
 
 
 WINDOW = 1000
@@ -49,17 +62,21 @@ WINDOW = 1000
 
 @dataclass
 class BadSamples:
-    """Unreadable images so far: they are skipped, counted and listed, and too many of them stop the run.
+    """Samples that are left out so far: counted and listed, and too many bad ones stop the run.
 
-    Too many: more than one, and more than the share `limit` of all distinct samples that count. In a stage whose
-    features are cached these are all that it visits, validation included, and it is decided before the first update.
-    In another one these are the samples seen so far, or the first `WINDOW` (all, if there are fewer) as long as fewer
-    were seen: a few bad ones may come first, and a data set that is bad throughout stops soon.
+    Bad ones can't be read; they are too many if they are more than one, and more than the share `limit` of all distinct
+    samples that count. In a stage whose features are cached these are all that it visits, validation included, and it
+    is decided before the first update. In another one these are the samples seen so far, or the first `WINDOW` (all, if
+    there are fewer) as long as fewer were seen: a few bad ones may come first, and a data set that is bad throughout
+    stops soon. Samples that a rule leaves out are no bad ones.
     """
 
     limit: float
-    seen: set[str] = field(default_factory=set)
+    seen: int = 0
+    """Distinct samples."""
     bad: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Left out by a rule: sample id -> rule."""
     expected: int = 0
     """Samples that count even if fewer were seen so far."""
     shared: bool = False
@@ -69,31 +86,33 @@ class BadSamples:
 
     @property
     def listed(self) -> dict[str, str]:
-        """Sample id -> reason of all that were skipped."""
+        """Sample id -> reason of all that are bad."""
         return self.earlier | self.bad
 
-    def note(self, ids: Sequence[str], unreadable: Sequence[Unreadable]) -> None:
-        """Count a batch.
+    def note(self, unreadable: Sequence[Unreadable], *, seen: int = 0) -> None:
+        """Count a batch, of which `seen` samples were not seen before.
 
         Raises:
-            TrainingError: too many samples are unreadable.
+            TrainingError: too many samples are bad.
         """
-        self.seen.update(ids)
+        self.seen += seen
         for entry in unreadable:
-            if entry.id not in self.bad:
+            if entry.dropped:
+                self.dropped[entry.id] = entry.reason
+            elif entry.id not in self.bad:
                 logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
                 self.bad[entry.id] = entry.reason
         if not self.shared:
             self.check()
 
     def check(self) -> None:
-        """Raises TrainingError if too many samples are unreadable."""
-        count = max(len(self.seen), self.expected)
+        """Raises TrainingError if too many samples are bad."""
+        count = max(self.seen, self.expected)
         if len(self.bad) > max(1.0, self.limit * count):
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:5])
-            of = f" of {count}" if count > len(self.seen) else ""
+            of = f" of {count}" if count > self.seen else ""
             raise TrainingError(
-                f"{len(self.bad)} of {len(self.seen)} images are unreadable, more than data.max_bad_fraction = "
+                f"{len(self.bad)} of {self.seen} samples are unreadable, more than data.max_bad_fraction = "
                 f"{self.limit:g} allows{of}: {listed}"
             )
 
@@ -108,10 +127,6 @@ class View:
         self.background = background
 
     @property
-    def ids(self) -> Sequence[str]:
-        return self.source.ids
-
-    @property
     def fingerprint(self) -> str:
         """Of the source, the augmentation and the view."""
         config = self.config.model_dump_json(exclude={"views"})
@@ -120,18 +135,47 @@ class View:
     def __len__(self) -> int:
         return len(self.source)
 
-    def image(self, index: int) -> Image.Image:
-        image = self.source.image(index)
-        return random_view(image, self.config, seed=(self.number, index), background=self.background)
+    def id(self, row: int) -> str:
+        return self.source.id(row)
+
+    def image(self, row: int) -> Image.Image:
+        return augmented(self.source.image(row), self.config, self.number, row, background=self.background)
+
+
+def augmented(
+    image: Image.Image, config: AugmentConfig, view: int, row: int, *, background: Color, place: int = 0
+) -> Image.Image:
+    """A view of an image, which depends on its number, the sample's row and the image's place in it alone."""
+    seed = (view, row, place) if place else (view, row)
+    return random_view(image, config, seed=seed, background=background)
+
+
+@dataclass
+class Loaded:
+    """A batch as a loading process hands it on: rows from caches, pixels of the other images."""
+
+    samples: list[tuple[Sample, Encoded]]
+    rows: Tensor
+    """[m, …] of the images that are cached, in order."""
+    pixels: Tensor
+    """[n, 3, S, S] of the others, in order."""
+    cached: list[bool]
+    """Of each image, whether it is among `rows`."""
+    unreadable: list[Unreadable]
 
 
 class Samples:
-    """A mixture seen through a frozen front, cached or computed as asked."""
+    """A mixture seen through a frozen front, cached or computed as asked.
+
+    `fetch` is `load`, which reads, decodes, resizes and tokenises, in another process where there are any; and
+    `finish`, which runs the frozen front.
+    """
 
     def __init__(
         self,
         mixture: Mixture,
         front: FrozenFront,
+        prompter: Prompter,
         *,
         bad: BadSamples,
         cached: bool,
@@ -143,12 +187,14 @@ class Samples:
         not the user's."""
         self.mixture = mixture
         self.front = front
+        self.prompter = prompter
         self.bad = bad
         self.cached = cached
         self.augment = augment
         self.seed = seed
         self.directory = directory
         self._caches: dict[tuple[int, int], FeatureCache] = {}
+        self._visited = np.zeros(len(mixture), dtype=bool)
 
     def prepare(
         self,
@@ -162,22 +208,23 @@ class Samples:
 
         Returns the unreadable ones of these rows; none is known where nothing is cached.
         """
-        if not self.cached:
-            return []
         wanted: dict[tuple[int, int], list[int]] = {}
         for source, index, view in self._places(rows, positions):
-            self._cache(source, view)
-            wanted.setdefault((id(source), view), []).append(index)
+            if self._is_cached(source):
+                self._cache(source, view)
+                wanted.setdefault((self.mixture.sources.index(source), view), []).append(index)
         for key, indices in sorted(wanted.items(), key=lambda item: item[0][1]):
             self._caches[key].ensure(indices, title=f"{title}, view {key[1]}" if key[1] else title, each=each)
         return [
             entry for key, indices in wanted.items() for entry in self._caches[key].unreadable(sorted(set(indices)))
         ]
 
-    def see(self, rows: Sequence[int]) -> None:
-        """Count rows of which this process fetches its share."""
-        if self.bad.shared:
-            self.bad.seen.update(self.mixture.id(row) for row in rows)
+    def see(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Mark rows as seen; returns how many of them are new."""
+        some = np.unique(np.asarray(rows, dtype=np.int64))
+        new = int((~self._visited[some]).sum())
+        self._visited[some] = True
+        return new
 
     def fetch(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Batch:
         """The readable ones of the given rows; there may be none.
@@ -186,39 +233,82 @@ class Samples:
             positions: place of each row in the run's order, which chooses its augmented view; None: as they are.
 
         Raises:
-            TrainingError: too many unreadable images.
+            TrainingError: too many unreadable samples.
         """
-        ids = [self.mixture.id(int(row)) for row in rows]
-        inputs: list[Tensor] = []
-        pictures: list[Image.Image] = []
-        kept: list[int] = []
+        return self.finish(self.load(rows, positions=positions), seen=self.see(rows))
+
+    def load(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Loaded:
+        """Everything that needs no model."""
+        samples: list[tuple[Sample, Encoded]] = []
+        cached: list[bool] = []
+        stored: list[Tensor] = []
+        pixels: list[Tensor] = []
         unreadable: list[Unreadable] = []
-        for row, (source, index, view) in zip(rows, self._places(rows, positions), strict=True):
-            if self.cached:
-                cache = self._cache(source, view)
-                problems = cache.unreadable([index])
-                if not problems:
-                    inputs.append(cache[[index]][0])
-            else:
-                problems = []
-                try:
-                    pictures.append(self._images(source, view).image(index))
-                except DataError as error:
-                    problems.append(Unreadable(source.ids[index], str(error)))
-            unreadable += problems
-            if not problems:
-                kept.append(int(row))
-        if pictures:
-            inputs = list(self.front(pictures))
-        self.bad.note(ids, unreadable)
-        return Batch(
-            [self.mixture.id(row) for row in kept],
-            [self.mixture.caption(row) for row in kept],
-            torch.stack(inputs) if inputs else torch.empty(0),
-            skipped=[entry.id for entry in unreadable],
+        for source, row, view in self._places(rows, positions):
+            try:
+                sample = source.sample(row)
+                encoded = self.prompter.encode(sample.text)
+                found, new = self._images(source, sample, row, view, count=encoded.images)
+            except DataError as error:
+                unreadable.append(Unreadable(source.id(row), str(error), dropped=isinstance(error, Dropped)))
+                continue
+            stored += found
+            pixels += new
+            cached += [True] * len(found) + [False] * len(new)
+            samples.append((sample, encoded))
+        return Loaded(
+            samples,
+            torch.stack(stored) if stored else torch.empty(0),
+            torch.stack(pixels) if pixels else torch.empty(0),
+            cached,
+            unreadable,
         )
 
-    def _places(self, rows: Sequence[int], positions: Sequence[int] | None) -> Iterator[tuple[Captions, int, int]]:
+    def finish(self, loaded: Loaded, *, seen: int = 0) -> Batch:
+        """What the model takes.
+
+        Raises:
+            TrainingError: too many unreadable samples.
+        """
+        self.bad.note(loaded.unreadable, seen=seen)
+        inputs = loaded.rows
+        if len(loaded.pixels):
+            new = self.front.of_pixels(loaded.pixels)
+            if len(inputs):
+                order = torch.tensor(loaded.cached)
+                both = new.new_empty((len(order), *new.shape[1:]))
+                both[order], both[~order] = inputs.to(new.dtype), new
+                inputs = both
+            else:
+                inputs = new
+        return Batch(
+            [sample.id for sample, _ in loaded.samples],
+            [sample.text for sample, _ in loaded.samples],
+            [encoded for _, encoded in loaded.samples],
+            inputs,
+            skipped=[entry.id for entry in loaded.unreadable],
+        )
+
+    def _images(
+        self, source: Source, sample: Sample, row: int, view: int, *, count: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the first `count` images of a sample the cached rows, or the pixels."""
+        if not count:
+            return [], []
+        if self._is_cached(source) and len(sample.images) == 1:
+            cache = self._cache(source, view)
+            if problems := cache.unreadable([row]):
+                raise DataError(problems[0].reason)
+            return [cache[[row]][0]], []
+        images = source.open(sample)[:count]
+        if view and self.augment is not None:
+            images = [
+                augmented(image, self.augment, view, row, background=self._background, place=place)
+                for place, image in enumerate(images)
+            ]
+        return [], [self.front.vpg.transform(image) for image in images]
+
+    def _places(self, rows: Sequence[int], positions: Sequence[int] | None) -> Iterator[tuple[Source, int, int]]:
         """Source, row in it, and number of the view (0: the image as it is) of each row of the mixture."""
         for number, row in enumerate(rows):
             source, index = self.mixture.locate(int(row))
@@ -228,13 +318,19 @@ class Samples:
                 view = 1 + int(random.integers(self.augment.views or 2**62))
             yield source, index, view
 
-    def _images(self, source: Captions, view: int) -> Images:
-        if view == 0 or self.augment is None:
-            return source
-        return View(source, self.augment, view, background=self.front.vpg.transform.config.background)
+    @property
+    def _background(self) -> Color:
+        return self.front.vpg.transform.config.background
 
-    def _cache(self, source: Captions, view: int) -> FeatureCache:
-        key = id(source), view
+    def _is_cached(self, source: Source) -> bool:
+        """A cache has one row an image, so it takes sources whose samples have one."""
+        return self.cached and source.single
+
+    def _cache(self, source: Source, view: int) -> FeatureCache:
+        key = self.mixture.sources.index(source), view
         if key not in self._caches:
-            self._caches[key] = FeatureCache(self._images(source, view), self.front, directory=self.directory)
+            seen: Images = source
+            if view and self.augment is not None:
+                seen = View(source, self.augment, view, background=self._background)
+            self._caches[key] = FeatureCache(seen, self.front, directory=self.directory)
         return self._caches[key]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vpgtrans.config import InitialiserConfig
 from vpgtrans.errors import TransferError
+from vpgtrans.prompts import Text
 from vpgtrans.transfer.converters import Moments, fit, moments
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
 from vpgtrans.transfer.pairing import TokenPairs, same_table
@@ -65,7 +66,7 @@ class Scoring:
 
     caption_nll: CaptionNLL | None = None
     visual_tokens: Tensor | None = None
-    captions: Sequence[str] | None = None
+    captions: Sequence[Text] | None = None
     copy_test: CopyTest | None = None
     seed: int = 0
     each: Callable[["ProbeRow"], None] | None = None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vpgtrans.errors import TransferError
 from vpgtrans.llm import word_ids
+from vpgtrans.prompts import Text
 from vpgtrans.transfer.converters import Rows
 from vpgtrans.transfer.pairing import TokenPairs, Words, token_bytes, word_form
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 Convert = Callable[[Tensor], Tensor]
 """Source embeddings [n, d_s] -> target embeddings [n, d_t]."""
 
-CaptionNLL = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
+CaptionNLL = Callable[[Tensor, Sequence[Text]], tuple[Tensor, Tensor]]
 """Visual prompts [B, T, d_t] and B captions -> summed NLL [B], tokens [B]; `VLM.caption_nll`."""
 
 EXAMPLE = "A cat sits on a mat."
@@ -203,7 +204,7 @@ class ImageGap:
 
 
 def image_gap(
-    caption_nll: CaptionNLL, prompts: Tensor, captions: Sequence[str], *, seed: int = 0, resamples: int = 2000
+    caption_nll: CaptionNLL, prompts: Tensor, captions: Sequence[Text], *, seed: int = 0, resamples: int = 2000
 ) -> ImageGap:
     """Score visual prompts [n, T, d_t] on their captions, against the prompts of other images.
 
@@ -226,7 +227,7 @@ def image_gap(
     )
 
 
-def _shuffled(captions: Sequence[str], generator: torch.Generator) -> Tensor:
+def _shuffled(captions: Sequence[Text], generator: torch.Generator) -> Tensor:
     """For each sample the index of one with another caption, as far as there are such: a random cycle, repaired."""
     if len(set(captions)) < 2:
         raise TransferError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vpgtrans.config import ImageConfig
@@ -49,7 +49,8 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             return _to_8_bit(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, OverflowError) as error:
         # What Pillow's decoders raise on damaged input.
-        raise DataError(f"{where}: not a readable image ({error})") from error
+        problem = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{where}: not a readable image ({problem})") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused ({error})") from error
 

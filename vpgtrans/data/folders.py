@@ -1,0 +1,55 @@
+"""A folder of images, each with a text of the same name beside it, or with one table for all of them."""
+
+from pathlib import Path
+from typing import Any
+
+from vpgtrans.data.rows import Rows
+from vpgtrans.data.tars import IMAGES
+from vpgtrans.errors import DataError
+
+SIDECARS = ("txt", "caption", "json")
+
+
+class FolderRows(Rows):
+    """`a.jpg` beside `a.txt` (or `.caption`, or `.json`), in any depth. A record has `id`, `image` and what the text or
+    the object says. An image without a text is a row without a caption."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self._folder = folder
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        there = set(names)
+        self._images = [name for name in names if name.suffix[1:].lower() in IMAGES]
+        self._texts = [
+            next((text for end in SIDECARS if (text := name.with_suffix(f".{end}")) in there), None)
+            for name in self._images
+        ]
+        if not any(self._texts):
+            raise DataError(
+                f"{folder}: {len(self._images)} images, and none has a text of the same name beside it "
+                f"({', '.join('.' + end for end in SIDECARS)})"
+            )
+        self.files = [folder / name for name in self._images] + [folder / text for text in self._texts if text]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def where(self, row: int) -> str:
+        return str(self._folder / self._images[row])
+
+    def read(self, row: int) -> dict[str, Any]:
+        import json
+
+        record: dict[str, Any] = {"id": str(self._images[row]), "image": str(self._images[row])}
+        text = self._texts[row]
+        if text is None:
+            return record | {"caption": None}
+        file = self._folder / text
+        try:
+            content = file.read_text(encoding="utf-8")
+            said = json.loads(content) if text.suffix == ".json" else {"caption": content}
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{file}: not readable ({error})") from error
+        if not isinstance(said, dict):
+            raise DataError(f"{file}: {type(said).__name__}; right would be an object with a caption")
+        return record | said

@@ -1,0 +1,25 @@
+"""One sample of any data set, and what can be wrong with one."""
+
+from dataclasses import dataclass
+
+from vpgtrans.errors import DataError
+from vpgtrans.prompts import Text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A caption or a conversation, with its images still encoded.
+
+    Attributes:
+        text: a string is a caption of one image. images: encoded bytes, a path or an fsspec URL each, in the order of
+            their places in the text. references: all answers that count as right.
+    """
+
+    id: str
+    text: Text
+    images: tuple[bytes | str, ...]
+    references: tuple[str, ...]
+
+
+class Dropped(DataError):
+    """A row that a stated rule leaves out, such as one without a caption. It is counted, and is no bad sample."""

@@ -1,0 +1,203 @@
+"""Tables: parquet read in place, row group by row group; CSV and TSV, and what `datasets` holds, as mapped Arrow."""
+
+import contextlib
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpgtrans.data.rows import Rows
+from vpgtrans.errors import DataError
+
+GROUP_LIMIT = 256 << 20
+"""Bytes of the largest row group that is read in place. A file with larger ones is copied into mapped Arrow once."""
+WINDOW_BYTES = 64 << 20
+"""Row groups that are read side by side, and so shuffled together, have about this size."""
+
+
+class ArrowRows(Rows):
+    """A `datasets.Dataset`: Arrow files, mapped."""
+
+    def __init__(self, table: Any, name: str, files: Sequence[Path] = ()):
+        super().__init__(name, files)
+        self._table = undecoded(table)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._table.column_names)
+
+    def read(self, row: int) -> dict[str, Any]:
+        return self._table[row]
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column."""
+        return self._table.select_columns([name])[:][name]
+
+
+class ParquetRows(Rows):
+    """Parquet files, local or by fsspec; of each the row groups that are being read are kept in memory."""
+
+    def __init__(self, files: Sequence[Path], name: str):
+        """
+        Raises:
+            DataError: a file is no parquet, or has other columns than the first one.
+        """
+        import pyarrow.parquet as pq
+
+        super().__init__(name, files)
+        starts, self._places, sizes = [0], [], []
+        self._columns: list[str] | None = None
+        for number, file in enumerate(files):
+            with _reading(file):
+                metadata = pq.read_metadata(file)
+            columns = metadata.schema.to_arrow_schema().names
+            if self._columns is not None and columns != self._columns:
+                raise DataError(f"{file}: columns {', '.join(columns)}; {files[0]} has {', '.join(self._columns)}")
+            self._columns = columns
+            for group in range(metadata.num_row_groups):
+                about = metadata.row_group(group)
+                if about.num_rows:
+                    starts.append(starts[-1] + about.num_rows)
+                    sizes.append(about.total_byte_size)
+                    self._places.append((number, group))
+        self._starts = np.array(starts)
+        self.largest = max(sizes, default=0)
+        """Bytes of the largest row group."""
+        self._window = max(1, WINDOW_BYTES * len(sizes) // max(1, sum(sizes)))
+        self._open: dict[int, Any] = {}
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_groups": OrderedDict()}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def columns(self) -> list[str]:
+        return self._columns or []
+
+    @property
+    def stretches(self) -> np.ndarray:
+        return self._starts[:-1]
+
+    @property
+    def window(self) -> int:
+        return self._window
+
+    def where(self, row: int) -> str:
+        number, _ = self._places[self._group(row)]
+        first = next(start for start, place in zip(self._starts, self._places, strict=False) if place[0] == number)
+        return f"{self.files[number]}, row {row - int(first)}"
+
+    def read(self, row: int) -> dict[str, Any]:
+        place = self._group(row)
+        table = self._table(place)
+        return table.slice(row - int(self._starts[place]), 1).to_pylist()[0]
+
+    def _group(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def _table(self, place: int) -> Any:
+        import pyarrow.parquet as pq
+
+        if place in self._groups:
+            self._groups.move_to_end(place)
+            return self._groups[place]
+        number, group = self._places[place]
+        with _reading(self.files[number]):
+            if number not in self._open:
+                if len(self._open) > 64:
+                    self._open.clear()
+                self._open[number] = pq.ParquetFile(self.files[number], memory_map=True)
+            table = self._open[number].read_row_group(group, use_threads=False)
+        # One more than the window: the order goes on to the next window before the last one is done with.
+        while len(self._groups) > self._window:
+            self._groups.popitem(last=False)
+        self._groups[place] = table
+        return table
+
+
+def open_parquet(files: Sequence[Path], name: str) -> Rows:
+    """Parquet in place or, where its row groups are too large for that, through mapped Arrow."""
+    for file in files:
+        if not file.stat().st_size:
+            raise DataError(f"{file}: the file is empty")
+    rows = ParquetRows(files, name)
+    return rows if rows.largest <= GROUP_LIMIT else open_table("parquet", files, name)
+
+
+def open_table(kind: str, files: Sequence[Path], name: str, **options: Any) -> ArrowRows:
+    """Files that `datasets` reads (csv, parquet), kept as mapped Arrow in the user's cache.
+
+    Raises:
+        DataError: unreadable or empty.
+    """
+    import pyarrow as pa
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    from vpgtrans.references import cache_dir
+
+    for file in files:
+        if not file.stat().st_size:
+            raise DataError(f"{file}: the file is empty")
+    try:
+        with quiet_datasets():
+            table = load_dataset(
+                kind,
+                data_files=[str(file) for file in files],
+                split="train",
+                cache_dir=str(cache_dir() / "datasets/tables"),
+                **options,
+            )
+    except (DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(f"{name}: not readable as {kind}: {error.__cause__ or error}") from error
+    return ArrowRows(table, name, files)
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Progress bars of `datasets` only on a terminal; afterwards as before."""
+    import datasets
+
+    if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable as parquet: {error}") from error
+
+
+def undecoded(table: Any) -> Any:
+    """Image columns as stored bytes or paths: decoding happens in one place, `open_image`."""
+    import datasets
+
+    for column, feature in (table.features or {}).items():
+        inner = feature
+        while isinstance(inner, datasets.List | datasets.LargeList):
+            inner = inner.feature
+        if isinstance(inner, datasets.Image):
+            plain: Any = datasets.Image(decode=False)
+            if inner is not feature:
+                plain = datasets.List(plain)
+            table = table.cast_column(column, plain)
+    return table

@@ -1,0 +1,312 @@
+"""From a conversation to token ids: where visual tokens stand, and which tokens the loss counts.
+
+    chat      the LLM's own chat template; the loss is on the assistant's answers and the token that ends each of them
+    plain     template or question, answer, end token: for captions, and for LLMs without a chat template
+    document  one turn of the assistant and no other: text in which images may stand; all of its words count
+
+Nothing here needs a model: a tokenizer and a `PromptConfig` do, so this runs in the processes that load data.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from vpgtrans.config import PromptConfig
+from vpgtrans.errors import DataError, RecipeError
+
+IMAGE = "<image>"
+"""What stands for an image in a text."""
+VISUAL = -1
+"""What stands for a visual token among token ids."""
+_ANCHORS = ("\n", ":", "0")
+"""What a text may stand behind to be tokenised as the middle of another; the first that does not merge with it."""
+# Private-use characters, which no template touches, mark places in a rendered conversation.
+_ANSWER, _END, _PICTURE = "\ue000", "\ue001", "\ue002"
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; `<image>` in its text is the place of an image."""
+
+    role: Role
+    text: str
+
+
+Text = str | Sequence[Turn]
+"""A caption of one image, or a conversation."""
+
+
+def turns_of(text: Text) -> Sequence[Turn]:
+    """A caption as the conversation that it stands for."""
+    return (Turn("user", IMAGE), Turn("assistant", text)) if isinstance(text, str) else text
+
+
+def answer_of(text: Text) -> str:
+    """What the assistant says, all its turns."""
+    return text if isinstance(text, str) else " ".join(turn.text for turn in text if turn.role == "assistant")
+
+
+def count_images(text: Text) -> int:
+    """How many images a conversation has places for."""
+    return sum(turn.text.count(IMAGE) for turn in turns_of(text))
+
+
+class TooLong(DataError):
+    """A sample whose first question with its images leaves no room for an answer: it is dropped, and counted."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids.
+
+    Attributes:
+        ids: int64 [L], `VISUAL` where a visual token stands. answer: bool [L], the tokens that the loss counts.
+        images: how many of the conversation's images are in it, from the first one on.
+        cut: what was left out of a long sample: nothing, whole turns at the end, or the end of the first answer.
+    """
+
+    ids: np.ndarray
+    answer: np.ndarray
+    images: int
+    cut: Literal["", "turns", "answer"] = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def answers(self) -> int:
+        """How many tokens the loss counts."""
+        return int(self.answer.sum())
+
+
+class Prompter:
+    """Conversations as token ids of one LLM."""
+
+    def __init__(self, tokenizer: Any, config: PromptConfig, *, visual_tokens: int, limit: int | None = None):
+        """visual_tokens: of an image. limit: of the LLM, in tokens; `config.max_tokens` may set a lower one.
+
+        Raises:
+            RecipeError: a chat is asked for, and the tokenizer has no chat template.
+        """
+        self.tokenizer = tokenizer
+        self.config = config
+        self.visual_tokens = visual_tokens
+        if config.format == "chat" and not tokenizer.chat_template:
+            raise RecipeError(
+                "prompt.format is chat, but the LLM's tokenizer has no chat template; right would be plain"
+            )
+        limits = [tokens for tokens in (config.max_tokens, limit) if tokens is not None]
+        self.max_tokens = min(limits) if limits else None
+
+    def encode(self, text: Text) -> Encoded:
+        """Token ids of a conversation, at most `max_tokens`.
+
+        A longer one loses whole exchanges at its end; if its first exchange alone is too long, the end of its answer.
+        Visual tokens are never cut.
+
+        Raises:
+            TooLong: the first question with its images leaves no room for a token of an answer.
+        """
+        turns = list(turns_of(text))
+        whole = self._encode(turns)
+        if self.max_tokens is None or len(whole) <= self.max_tokens:
+            return whole
+        if len(turns) > 1:
+            ends = [place + 1 for place, turn in enumerate(turns) if turn.role == "assistant"]
+            for end in reversed(ends[:-1]):
+                shorter = self._encode(turns[:end])
+                if len(shorter) <= self.max_tokens:
+                    return Encoded(shorter.ids, shorter.answer, shorter.images, cut="turns")
+            whole = self._encode(turns[: ends[0]])
+        first = int(np.argmax(whole.answer))
+        end = self.max_tokens
+        # Not through the middle of an image: a document loses the whole image at which it would be cut.
+        while end > first and whole.ids[end - 1] == VISUAL:
+            end -= 1
+        kept = whole.answer[:end]
+        if not kept.any():
+            raise TooLong(
+                f"{len(whole)} tokens, of which {first} come before the answer; at most {self.max_tokens} are allowed"
+            )
+        images = int((whole.ids[:end] == VISUAL).sum()) // max(1, self.visual_tokens)
+        return Encoded(whole.ids[:end], kept, images, cut="answer")
+
+    def question(self, turns: Sequence[Turn]) -> np.ndarray:
+        """What stands before an answer, int64 [L]: the same ids as in training."""
+        return np.array([token for piece, _ in self._pieces([*turns, Turn("assistant", "")]) for token in piece])
+
+    def template(self, text: str) -> np.ndarray:
+        """A template with `<image>` as it stands, int64 [L]; what `write` goes on from."""
+        return np.array(self._with_start([token for piece in self._around_images(text) for token in piece]))
+
+    def answer_length(self, text: Text) -> int:
+        """Tokens that the loss counts."""
+        return self.encode(text).answers
+
+    # --- pieces ---------------------------------------------------------------------------------
+
+    def _encode(self, turns: Sequence[Turn]) -> Encoded:
+        pieces = list(self._pieces(turns))
+        ids = np.array([token for piece, _ in pieces for token in piece], dtype=np.int64)
+        counts = np.array([counted for piece, counted in pieces for _ in piece], dtype=bool)
+        return Encoded(ids, counts & (ids != VISUAL), sum(turn.text.count(IMAGE) for turn in turns))
+
+    def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
+        """Stretches of ids, and whether the loss counts them. An empty last answer is where an answer is to begin."""
+        if len(turns) == 1 and turns[0].role == "assistant":
+            yield self._with_start([]), False
+            for piece in self._around_images(turns[0].text):
+                yield piece, True
+            yield self._end_ids, True
+        elif self._is_chat(turns):
+            yield from self._chat_pieces(turns)
+        else:
+            yield from self._plain_pieces(turns)
+
+    def _is_chat(self, turns: Sequence[Turn]) -> bool:
+        """Of a conversation: whether the chat template is taken. A caption has no words of a user's to put into it."""
+        if self.config.format == "auto":
+            asked = any(_split_images(turn.text)[1] for turn in turns if turn.role != "assistant")
+            return asked and bool(self.tokenizer.chat_template)
+        return self.config.format == "chat"
+
+    def _plain_pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
+        before = ""
+        started = False
+        for turn in turns:
+            if turn.role != "assistant":
+                before += f"{turn.text}\n" if turn.role == "system" else self._plain_question(turn.text)
+                continue
+            context = [token for piece in self._around_images(before, first=not started) for token in piece]
+            yield (context if started else self._with_start(context)), False
+            started = True
+            if turn.text:
+                # After a template like "Name:" a word starts with a space, which belongs to its token.
+                apart = "" if not before or before[-1:].isspace() or before.endswith(IMAGE) else " "
+                yield self._later_ids(apart + turn.text), True
+                yield self._end_ids, True
+            before = "\n"
+
+    def _plain_question(self, text: str) -> str:
+        """A user's turn as text: images alone are put into the template, words after images into the question."""
+        images, rest = _split_images(text)
+        if not rest:
+            return self.config.template.replace(IMAGE, IMAGE * images, 1)
+        return IMAGE * images + self.config.question.replace("{question}", rest)
+
+    def _chat_pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
+        rendered = self._render(turns)
+        head, *answers = rendered.split(_ANSWER)
+        yield self._marked_ids(head, first=True), False
+        for position, part in enumerate(answers):
+            answer, _, after = part.partition(_END)
+            if position == len(answers) - 1 and not turns[-1].text:
+                return
+            yield self._later_ids(answer.strip()), True
+            if position == len(answers) - 1 and after.strip() == "":
+                yield self._end_ids, True
+                return
+            ids = self._marked_ids(after)
+            end = self._end_of_turn(ids)
+            yield ids[:end], True
+            if position < len(answers) - 1:  # what a template puts behind the last answer says nothing
+                yield ids[end:], False
+
+    def _render(self, turns: Sequence[Turn]) -> str:
+        """The template's text, with marks for answers and images."""
+        messages = [{"role": turn.role, "content": self._marked(turn)} for turn in turns]
+        for form in (messages, _without_system(messages)):
+            try:
+                rendered = self.tokenizer.apply_chat_template(form, tokenize=False)
+            except Exception as error:  # templates raise what they like about roles that they do not know
+                problem = error
+                continue
+            if rendered.count(_ANSWER) == sum(turn.role == "assistant" for turn in turns):
+                return rendered
+            problem = ValueError("it leaves out turns")
+        raise DataError(f"the LLM's chat template does not take this conversation: {problem}") from problem
+
+    def _marked(self, turn: Turn) -> str:
+        text = turn.text
+        if turn.role == "user" and not _split_images(text)[1]:
+            text = f"{text.strip()}\n{self.config.request}".lstrip("\n")
+        text = text.replace(IMAGE, _PICTURE)
+        return f"{_ANSWER}{text}{_END}" if turn.role == "assistant" else text
+
+    def _marked_ids(self, text: str, *, first: bool = False) -> list[int]:
+        return [t for piece in self._around_images(text.replace(_PICTURE, IMAGE), first=first) for t in piece]
+
+    def _end_of_turn(self, ids: list[int]) -> int:
+        """How many of the ids behind an answer end it: up to the first special token, over white space alone."""
+        for place, token in enumerate(ids):
+            if token in self._special:
+                return place + 1
+            if self.tokenizer.decode([token]).strip():
+                break
+        return 0
+
+    def _around_images(self, text: str, *, first: bool = True) -> Iterator[list[int]]:
+        """Ids of the words between images, and of the images. first: nothing stands before the text."""
+        for place, words in enumerate(text.split(IMAGE)):
+            if place:
+                yield [VISUAL] * self.visual_tokens
+            yield self._ids(words) if first and not place else self._later_ids(words)
+
+    def _with_start(self, ids: list[int]) -> list[int]:
+        """With the token that begins a text, where the LLM has one; a template may begin with it already."""
+        start = self.tokenizer.bos_token_id
+        return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+    @cached_property
+    def _end_ids(self) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return [end] if self.config.end and end is not None else []
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = {token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special}
+        return frozenset(added) | frozenset(self.tokenizer.all_special_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _later_ids(self, text: str) -> list[int]:
+        """Ids of a text that stands behind something: without the space that SentencePiece puts before a first word."""
+        behind = self._ids_behind_anchor(text) if text and self._adds_prefix else None
+        return self._ids(text) if behind is None else behind
+
+    def _ids_behind_anchor(self, text: str) -> list[int] | None:
+        """None where every anchor merges with the text or vanishes."""
+        for anchor in _ANCHORS:
+            head, whole = self._ids(anchor), self._ids(anchor + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        return None
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        """Whether a word at the start of a text has other ids than inside one; where not, texts are taken alone."""
+        behind = self._ids_behind_anchor("a")
+        return behind is not None and behind != self._ids("a")
+
+
+def _split_images(text: str) -> tuple[int, str]:
+    """How many images a turn begins with, and the words behind them."""
+    rest, images = text.strip(), 0
+    while rest.startswith(IMAGE):
+        rest, images = rest.removeprefix(IMAGE).lstrip(), images + 1
+    return images, rest
+
+
+def _without_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """For templates that know no system role (Gemma): its text comes before the first user's."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    others = [dict(message) for message in messages if message["role"] != "system"]
+    if system and others and others[0]["role"] == "user":
+        others[0]["content"] = f"{system}\n\n{others[0]['content']}"
+    return others

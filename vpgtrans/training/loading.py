@@ -1,0 +1,150 @@
+"""The batches of a stage, in the order of the run, and of its validation set."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from vpgtrans.errors import TrainingError
+from vpgtrans.recipe import Stage
+from vpgtrans.training.features import Unreadable
+from vpgtrans.training.module import StageModule
+from vpgtrans.training.samples import Batch, Loaded, Samples
+from vpgtrans.training.workers import Loader
+
+
+class _Planned(Dataset[Loaded]):
+    """Batches by number, each of given rows."""
+
+    def __init__(self, samples: Samples, plan: Callable[[int], tuple[np.ndarray, np.ndarray | None]], length: int):
+        """plan: number of a batch -> rows, and their positions in the run's order."""
+        self.samples = samples
+        self.plan = plan
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Loaded:
+        if not 0 <= number < self.length:
+            raise IndexError(number)
+        rows, positions = self.plan(number)
+        return self.samples.load(rows.tolist(), positions=None if positions is None else positions.tolist())
+
+
+class Updates(IterableDataset[Batch]):
+    """The batches of a stage from update `start` on; a device gets its slice of every batch."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        stage: Stage,
+        *,
+        seed: int,
+        first_sample: int,
+        start: int,
+        stop: int,
+        workers: int = 0,
+        pin: bool = False,
+    ):
+        """first_sample: the run's sample number at which the stage begins. workers, pin: see `Loader`."""
+        self.samples = samples
+        self.stage = stage
+        self.seed = seed
+        self.first_sample = first_sample
+        self.start = start
+        self.stop = stop
+        self.workers = workers
+        self.pin = pin
+        self.rank, self.world = 0, 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, update: int) -> tuple[np.ndarray, np.ndarray]:
+        """The mixture's rows of an update over all devices, and their positions in the run's order."""
+        first = self.first_sample + update * self.stage.batch_size
+        last = first + self.stage.batch_size
+        return self.samples.mixture.draws(self.seed, first, last), np.arange(first, last)
+
+    def _own(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, positions = self.rows(self.start + number)
+        own = slice(self.rank, None, self.world)
+        return rows[own], positions[own]
+
+    def __iter__(self) -> Iterator[Batch]:
+        planned = _Planned(self.samples, self._own, len(self))
+        for number, loaded in enumerate(Loader(planned, workers=self.workers, pin=self.pin)):
+            # Of several devices each counts what all of them see.
+            rows = self.rows(self.start + number)[0] if self.samples.bad.shared else self._own(number)[0]
+            yield self.samples.finish(loaded, seen=self.samples.see(rows))
+
+    def visited(self) -> int:
+        """How many distinct samples the whole stage holds, also in its updates before `start`."""
+        met = np.zeros(len(self.samples.mixture), dtype=bool)
+        for update in range(self.stop):
+            met[self.rows(update)[0]] = True
+            if met.all():
+                break
+        return int(met.sum())
+
+    def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
+        """Fill the caches with all that these updates need, see `Samples.prepare`."""
+        if not len(self) or not self.samples.cached:
+            return []
+        pairs = [self.rows(update) for update in range(self.start, self.stop)]
+        rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
+        return self.samples.prepare(rows, title, positions=positions, each=each)
+
+
+class Validator:
+    """Loss on the validation set, per answer token; of several devices each takes its share of the rows."""
+
+    def __init__(self, samples: Samples, rows: Sequence[int], *, batch_size: int = 32, workers: int = 0):
+        self.samples = samples
+        self.rows = list(rows)
+        self.batch_size = batch_size
+        self.workers = workers
+        self._loader: Loader | None = None
+
+    @torch.no_grad()
+    def __call__(self, module: StageModule) -> float:
+        """The caption loss, in nats a token, over all validation samples; where it is not trained, what is.
+
+        Every device returns the same value.
+
+        Raises:
+            TrainingError: no validation sample is readable.
+        """
+        module.eval()
+        names = list(module.objectives)
+        sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        for batch in self._batches(module):
+            if not len(batch):
+                continue
+            for name, (summed, _) in module.losses(batch).items():
+                sums[name] += summed.item()
+                weights[name] += module.objectives[name].weight(batch, module.vlm.vpg.tokens)
+        module.train()
+        sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
+        weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))
+        # The caption loss alone where it is there: it is what arms and stages are compared by.
+        counted = ["caption"] if "caption" in names else names
+        if not all(weights[name] for name in counted):
+            raise TrainingError("no validation sample is readable; quarantine.jsonl says why")
+        return sum(sums[name] / weights[name] for name in counted)
+
+    def _batches(self, module: StageModule) -> Iterator[Batch]:
+        seen = self.samples.see(self.rows)
+        own = np.array(self.rows[module.rank :: module.world], dtype=np.int64)
+        if self._loader is None:
+            size = self.batch_size
+
+            def plan(number: int) -> tuple[np.ndarray, None]:
+                return own[number * size : (number + 1) * size], None
+
+            self._loader = Loader(_Planned(self.samples, plan, -(-len(own) // size)), workers=self.workers)
+        for loaded in self._loader:
+            yield self.samples.finish(loaded, seen=seen)
+            seen = 0
