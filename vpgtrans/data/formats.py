@@ -106,7 +106,7 @@ def _table_file(path: Path) -> Rows:
 def _json(path: Path) -> Rows:
     """An array of objects, or objects line by line."""
     with path.open("rb") as stream:
-        first = stream.read(4096).lstrip()[:1]
+        first = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     return ArrayRows(path) if first == b"[" else LineRows(path)
 
 

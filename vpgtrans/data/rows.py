@@ -7,11 +7,12 @@ of them. Files are mapped, not loaded: what is kept in memory is where each row 
 import hashlib
 import json
 import mmap
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from vpgtrans.errors import DataError
 
 _WHOLE_FILE_LIMIT = 1 << 30
 """Files up to this size count with their content in a fingerprint; larger ones with size and modification time."""
-_STRETCH = 1 << 24
+_STRETCH = 1 << 22
 """Bytes that are scanned at once."""
 
 
@@ -124,11 +125,12 @@ class LineRows(_Mapped):
         if not len(stops) or stops[-1] != size - 1:
             stops = np.append(stops, size)
         starts = np.append(0, stops[:-1] + 1)
-        lengths = stops - starts
-        # "\n" or "\r\n" alone is no row
-        bare = [line for line in np.flatnonzero(lengths == 1).tolist() if self._bytes[int(starts[line])] == ord("\r")]
-        lengths[bare] = 0
-        self._lines = np.flatnonzero(lengths)
+        filled = stops > starts
+        # Of the others only those that begin with white space can hold nothing else.
+        first = np.frombuffer(self._bytes, dtype=np.uint8)[starts.clip(max=size - 1)]
+        for line in np.flatnonzero(filled & np.isin(first, list(b" \t\r"))).tolist():
+            filled[line] = bool(self._bytes[int(starts[line]) : int(stops[line])].strip())
+        self._lines = np.flatnonzero(filled)
         self._starts, self._stops = starts[self._lines], stops[self._lines]
 
     def __len__(self) -> int:
@@ -146,8 +148,8 @@ class ArrayRows(_Mapped):
 
     def __init__(self, file: Path):
         super().__init__(file)
-        spans = np.array(list(self._scan()), dtype=np.int64).reshape(-1, 2)
-        self._starts, self._stops = spans[:, 0], spans[:, 1]
+        self._starts, self._stops, end, self._lines = self._scan()
+        self._check_between(end)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -156,60 +158,91 @@ class ArrayRows(_Mapped):
         return self._parse(row, int(self._starts[row]), int(self._stops[row]))
 
     def where(self, row: int) -> str:
-        line = self._bytes[: int(self._starts[row])].count(b"\n") + 1
-        return f"{self.file}, element {row} (line {line})"
+        return f"{self.file}, element {row} (line {self._line(int(self._starts[row]))})"
 
-    def _scan(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each element."""
-        depth, start, closed = 0, -1, False
-        inside = False  # a string
-        position = -1
-        for position, character in self._structure():
-            if character == _QUOTE:
-                inside = not inside
-            elif inside:
-                continue
-            elif character in b"{[":
-                depth += 1
-                if depth == 2:
-                    start = position
-            elif character in b"}]":
-                depth -= 1
-                if depth == 1:
-                    yield start, position + 1
-                if depth == 0:
-                    closed = True
-                    break
-            if depth < 1:
-                break
-        if not closed:
-            line = self._bytes[: max(0, position)].count(b"\n") + 1
-            raise DataError(
-                f"{self.file}: line {line}: no JSON array of objects that ends where the file does; "
-                "right would be [{…}, {…}]"
-            )
+    def _line(self, position: int) -> int:
+        stretch = min(position // _STRETCH, len(self._lines) - 1)
+        return self._lines[stretch] + self._bytes[stretch * _STRETCH : position].count(b"\n") + 1
 
-    def _structure(self) -> Iterator[tuple[int, int]]:
-        """Positions of brackets and of quotes that are not escaped."""
-        size = len(self._bytes)
-        wanted = np.zeros(256, dtype=bool)
-        wanted[list(b'"{}[]')] = True
-        for start in range(0, size, _STRETCH):
+    def _scan(self) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
+        """Start and end of each element, where the array is closed (-1: nowhere), and line ends before each stretch.
+
+        A bracket stands in a string if an odd number of quotes comes before it; the others, added up, are the depth.
+        """
+        starts, stops, lines = [], [], [0]
+        inside = depth = 0
+        escape = False
+        end = -1
+        for start in range(0, len(self._bytes), _STRETCH):
             piece = np.frombuffer(self._bytes[start : start + _STRETCH], dtype=np.uint8)
-            for place in np.flatnonzero(wanted[piece]).tolist():
-                character = int(piece[place])
-                if character != _QUOTE or not self._escaped(start + place):
-                    yield start + place, character
+            lines.append(lines[-1] + int(np.count_nonzero(piece == ord("\n"))))
+            escaped = _escaped(piece, escape)
+            escape = bool(len(escaped)) and int(escaped[-1]) == len(piece)
+            is_quote = piece == ord('"')
+            is_quote[escaped[: len(escaped) - escape]] = False
+            quotes = np.flatnonzero(is_quote)
+            brackets = np.flatnonzero(_STEPS[piece])
+            brackets = brackets[(np.searchsorted(quotes, brackets) + inside) % 2 == 0]
+            inside += len(quotes)
+            steps = _STEPS[piece[brackets]]
+            depths = depth + np.cumsum(steps, dtype=np.int64)
+            closed = np.flatnonzero(depths < 1)[:1]
+            if len(closed):
+                end = start + int(brackets[closed[0]])
+                brackets, steps, depths = (part[: closed[0]] for part in (brackets, steps, depths))
+            starts.append(start + brackets[(depths == 2) & (steps > 0)])
+            stops.append(start + brackets[(depths == 1) & (steps < 0)] + 1)
+            if end >= 0:
+                break
+            depth = int(depths[-1]) if len(depths) else depth
+        return np.concatenate(starts), np.concatenate(stops), end, lines
 
-    def _escaped(self, position: int) -> bool:
-        """Whether an odd number of backslashes stands before it."""
-        slashes = position
-        while slashes and self._bytes[slashes - 1] == _BACKSLASH:
-            slashes -= 1
-        return (position - slashes) % 2 == 1
+    def _check_between(self, end: int) -> None:
+        """Raises DataError unless there is a comma between two elements, and nothing around the array."""
+        edges = [0, *self._stops.tolist()], [*self._starts.tolist(), end]
+        places = zip(*edges, strict=False)  # an element that never ends has a start alone
+        last = len(self._stops)
+        for number, (start, stop) in enumerate(places):
+            right = _OPENING if number == 0 else _BETWEEN
+            if number == last and end >= 0:
+                stop, right = len(self._bytes), _ALL if number == 0 else _CLOSING
+            if not right.fullmatch(self._bytes, start, max(start, stop)):
+                self._refuse(number, start)
+        if end < 0:
+            self._refuse(last, int(self._starts[last]) if len(self._starts) > last else len(self._bytes))
+
+    def _refuse(self, elements: int, position: int) -> NoReturn:
+        """The array goes wrong behind so many elements or, where a quote or bracket is amiss, in one of them."""
+        for row in range(elements):
+            self.read(row)
+        raise DataError(
+            f"{self.file}: line {self._line(position)}: no JSON array of objects that ends where the file does "
+            f"(it goes wrong behind {elements} elements); right would be [{{…}}, {{…}}]"
+        )
 
 
-_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_STEPS = np.zeros(256, dtype=np.int8)
+"""What a byte adds to the depth."""
+_STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
+_OPENING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*")
+_BETWEEN = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
+_CLOSING = re.compile(rb"[ \t\r\n]*\][ \t\r\n]*")
+_ALL = re.compile(_OPENING.pattern + _CLOSING.pattern)
+
+
+def _escaped(piece: np.ndarray, escape: bool) -> np.ndarray:
+    """Places that an odd number of backslashes stands before, int64 [n]; the last may be the one behind the piece.
+
+    escape: the place 0 is one, by what came before the piece.
+    """
+    slashes = np.flatnonzero(piece == ord("\\"))
+    if escape:
+        slashes = np.append(-1, slashes)
+    if not len(slashes):
+        return slashes
+    firsts = np.flatnonzero(np.diff(slashes, prepend=-3) != 1)
+    lasts = np.append(firsts[1:], len(slashes)) - 1
+    return slashes[lasts[(lasts - firsts) % 2 == 0]] + 1
 
 
 def file_state(file: Path, *, whole: bool) -> bytes:
