@@ -149,7 +149,7 @@ def test_what_is_there_is_not_computed_again(root, tmp_path, monkeypatch):
     cache.ensure(range(7))
     assert opened == [5, 6]
     assert [(entry.id, entry.reason) for entry in cache.unreadable(range(7))] == [
-        ("s0-03", "sample s0-03: 8 bytes of image data: not a readable image (of no format that Pillow knows)")
+        ("s0-03", "pictures, row 3: 8 bytes of image data: not a readable image (of no format that Pillow knows)")
     ]
 
 

@@ -30,6 +30,10 @@ class DataError(UserError):
     """A data set is empty, unreadable or lacks what was asked of it."""
 
 
+class Dropped(DataError):
+    """A row that a stated rule leaves out, such as one without a caption. It is counted, and is no bad sample."""
+
+
 class TransferError(UserError):
     """Two models can't be joined: widths that differ, tokenizers that share too little."""
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vpgtrans.config import PromptConfig
-from vpgtrans.errors import DataError, RecipeError
+from vpgtrans.errors import DataError, Dropped, RecipeError
 
 IMAGE = "<image>"
 """What stands for an image in a text."""
@@ -56,7 +56,7 @@ def count_images(text: Text) -> int:
     return sum(turn.text.count(IMAGE) for turn in turns_of(text))
 
 
-class TooLong(DataError):
+class TooLong(Dropped):
     """A sample whose first question with its images leaves no room for an answer: it is dropped, and counted."""
 
 

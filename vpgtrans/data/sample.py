@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from vpgtrans.errors import DataError
 from vpgtrans.prompts import Text
 
 
@@ -12,14 +11,11 @@ class Sample:
 
     Attributes:
         text: a string is a caption of one image. images: encoded bytes, a path or an fsspec URL each, in the order of
-            their places in the text. references: all answers that count as right.
+            their places in the text. references: all answers that count as right. row: in its source.
     """
 
     id: str
     text: Text
     images: tuple[bytes | str, ...]
     references: tuple[str, ...]
-
-
-class Dropped(DataError):
-    """A row that a stated rule leaves out, such as one without a caption. It is counted, and is no bad sample."""
+    row: int

@@ -11,9 +11,10 @@ from vpgtrans.data.config import DataSource
 from vpgtrans.data.formats import Opened, open_rows
 from vpgtrans.data.layouts import columns_of, layout_of, located, parse
 from vpgtrans.data.rows import Rows, file_state
-from vpgtrans.data.sample import Dropped, Sample
+from vpgtrans.data.sample import Sample
 from vpgtrans.data.tables import ArrowRows
-from vpgtrans.errors import DataError
+from vpgtrans.data.urls import read
+from vpgtrans.errors import DataError, Dropped
 from vpgtrans.prompts import Text, answer_of
 from vpgtrans.vision.preprocess import open_image
 
@@ -78,6 +79,7 @@ class Source:
             text=text,
             images=tuple(located(image, self._folder) for image in images),
             references=tuple(references),
+            row=row,
         )
 
     def id(self, row: int) -> str:
@@ -110,14 +112,14 @@ class Source:
         """The images of a sample, decoded: RGB or RGBA.
 
         Raises:
-            DataError: one of them can't be read; the message names the sample.
+            DataError: one of them can't be read; the message names file and row.
         """
         opened = []
         for image in sample.images:
             try:
                 opened.append(open_image(image if isinstance(image, bytes) else _fetched(image)))
             except DataError as error:
-                raise DataError(f"sample {sample.id}: {error}") from error
+                raise DataError(f"{self.rows.where(sample.row)}: {error}") from error
         return opened
 
     @cached_property
@@ -188,13 +190,7 @@ def open_dataset(source: DataSource) -> Source:
 def _fetched(image: str) -> bytes | str:
     """The content of a file or URL, so that an error while reading and one while decoding can be told apart."""
     if "://" in image:
-        import fsspec
-
-        try:
-            with fsspec.open(image, "rb") as stream:
-                return stream.read()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{image}: {error}") from error
+        return read(image)
     try:
         return Path(image).read_bytes()
     except OSError as error:

@@ -8,15 +8,19 @@ import hashlib
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vpgtrans.data.rows import Rows
+from vpgtrans.data.urls import reaching, resolve
 from vpgtrans.errors import DataError
 from vpgtrans.progress import track
 
+_STATE = ("size", "mtime", "created", "ETag", "etag", "LastModified", "last_modified", "updated")
+"""What file systems say about a file that tells a changed one."""
 _JSON = ("json",)
 _TEXT = ("txt", "text", "caption", "cap", "cls", "transcript", "question", "answer")
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
@@ -32,19 +36,15 @@ class TarRows(Rows):
         Raises:
             DataError: a shard that is missing, ends early, or holds absolute paths or `..`.
         """
-        import fsspec
-
         super().__init__(name)
         self.urls = list(urls)
         self._states: list[str] = []
         self._samples: list[Any] = []  # Arrow tables, mapped: key, members (extension, offset, size)
         for url in track(self.urls, f"{name}: shards"):
-            filesystem, path = fsspec.core.url_to_fs(url)
-            try:
+            filesystem, path = resolve(url)
+            with reaching(url):
                 about = filesystem.info(path)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{url}: {error or 'no such shard'}") from error
-            state = f"{url} {about.get('size')} {about.get('mtime') or about.get('ETag') or about.get('etag')}"
+            state = " ".join([url, *(str(about.get(key)) for key in _STATE)])
             self._states.append(state)
             self._samples.append(_index(url, filesystem, path, state))
         self._starts = np.cumsum([0, *(len(samples) for samples in self._samples)])
@@ -68,6 +68,8 @@ class TarRows(Rows):
         shard, place = self._locate(row)
         sample = self._samples[shard].slice(place, 1).to_pylist()[0]
         record: dict[str, Any] = {"__key__": sample["key"], "id": f"{self.name}/{sample['key']}"}
+        if twice := [name for name, count in Counter(sample["extension"]).items() if count > 1]:
+            raise DataError(f"{self.where(row)}: more than one .{twice[0]}; right would be one sample a name")
         for extension, offset, size in zip(sample["extension"], sample["offset"], sample["size"], strict=True):
             last = extension.rpartition(".")[2]
             content: Any = self._bytes(shard, offset, size)
@@ -94,18 +96,16 @@ class TarRows(Rows):
         return shard, row - int(self._starts[shard])
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        import fsspec
-
         if shard not in self._open:
             while len(self._open) >= 64:
                 self._open.pop(next(iter(self._open)))
-            filesystem, path = fsspec.core.url_to_fs(self.urls[shard])
-            self._open[shard] = (filesystem, path)
+            self._open[shard] = resolve(self.urls[shard])
         filesystem, path = self._open[shard]
-        try:
-            return filesystem.cat_file(path, start=offset, end=offset + size)
-        except OSError as error:
-            raise DataError(f"{self.urls[shard]}: {error}") from error
+        with reaching(self.urls[shard]):
+            content = filesystem.cat_file(path, start=offset, end=offset + size)
+        if len(content) != size:
+            raise DataError(f"{self.urls[shard]}: shorter than when it was opened")
+        return content
 
 
 def expand(pattern: str) -> list[str]:
@@ -149,6 +149,8 @@ def _scan(url: str, filesystem: Any, path: str) -> Any:
         with filesystem.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 count += 1
+                if member.size < 0:
+                    raise tarfile.ReadError("a member of negative size")
                 end = member.offset_data + -(-member.size // 512) * 512
                 if end > size:
                     raise tarfile.ReadError("unexpected end of data")
@@ -161,7 +163,9 @@ def _scan(url: str, filesystem: Any, path: str) -> Any:
         block = filesystem.cat_file(path, start=end, end=min(size, end + 512))
         if len(block) < 512 or block.strip(b"\0"):
             raise tarfile.ReadError("a damaged header" if block else "no end mark")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of the archive or, where it is a URL, of its file system
         raise DataError(
             f"{url}: the shard ends early or is damaged after {count} members ({len(samples)} samples): {error}; "
             "fetch it again, or leave it out"
@@ -176,9 +180,11 @@ def _scan(url: str, filesystem: Any, path: str) -> Any:
 
 
 def _key(url: str, name: str) -> tuple[str, str]:
-    """A member's sample and extension: `a/b.seg.png` is `a/b` and `seg.png`."""
+    """A member's sample and extension: `a/b.seg.png` is `a/b` and `seg.png`; a hidden file belongs to none."""
     if name.startswith("/") or ".." in name.split("/"):
         raise DataError(f"{url}: member {name!r} has an absolute path or `..`; right would be a plain name")
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
+    if not stem:
+        return name, ""
     return (f"{folder}/{stem}" if folder else stem), extension.lower()

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from vpgtrans.data.mixture import Mixture
-from vpgtrans.data.sample import Dropped, Sample
-from vpgtrans.errors import DataError
+from vpgtrans.data.sample import Sample
+from vpgtrans.errors import DataError, Dropped
 from vpgtrans.prompts import turns_of
 from vpgtrans.vlm import VLM
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture
-from vpgtrans.data.sample import Dropped
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import DataError, TransferError
+from vpgtrans.errors import DataError, Dropped, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector

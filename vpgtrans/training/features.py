@@ -21,8 +21,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from vpgtrans.data.sample import Dropped
-from vpgtrans.errors import DataError
+from vpgtrans.errors import DataError, Dropped
 from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
 from vpgtrans.references import cache_dir

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vpgtrans.config import AugmentConfig
 from vpgtrans.data.mixture import Mixture
-from vpgtrans.data.sample import Dropped, Sample
+from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
-from vpgtrans.errors import DataError, TrainingError
+from vpgtrans.errors import DataError, Dropped, TrainingError
 from vpgtrans.prompts import Encoded, Prompter, Text
 from vpgtrans.training.features import FeatureCache, FrozenFront, Images, Unreadable
 from vpgtrans.vision.augment import random_view
