@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vpgtrans.data.config import DataSource
-from vpgtrans.data.sample import Dropped
-from vpgtrans.errors import DataError
-from vpgtrans.prompts import IMAGE, Role, Text, Turn, count_images
+from vpgtrans.errors import DataError, Dropped
+from vpgtrans.prompts import IMAGE, Role, Text, Turn, count_images, turns_of
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -18,6 +17,8 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 _PATH_LENGTH = 1024
 """A longer string in an image column is base64."""
+_SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+"""How images begin: a shorter string that holds one is base64, too."""
 
 Image = bytes | str
 Parsed = tuple[Text, list[Image], list[str]]
@@ -51,9 +52,22 @@ def parse(record: Mapping[str, Any], source: DataSource) -> Parsed:
                 f"(name another with `{role}:` in the data source, or --{role})"
             )
     text, images, references = _LAYOUTS[layout_of(source)](record, source)
+    _check_characters(
+        [*(turn.text for turn in turns_of(text)), *(i for i in images if isinstance(i, str)), *references]
+    )
     if (places := count_images(text)) != len(images):
         raise DataError(f"{places} times {IMAGE} in the text for {len(images)} images; right would be one for each")
     return text, images, references
+
+
+def _check_characters(texts: Sequence[str]) -> None:
+    """JSON can spell halves of characters, which no tokenizer and no file name takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"half a character at place {error.start} of {text[:40]!r}; JSON writes one beyond U+FFFF "
+                            "as two escapes") from error  # fmt: skip
 
 
 def _caption(record: Mapping[str, Any], source: DataSource) -> Parsed:
@@ -91,7 +105,7 @@ def _conversation(record: Mapping[str, Any], source: DataSource) -> Parsed:
     turns: list[Turn] = []
     for number, turn in enumerate(said, start=1):
         speaker = turn.get("from", turn.get("role"))
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise DataError(f"turn {number} is from {speaker!r}; right would be one of {', '.join(_ROLES)}")
         content = turn.get("value", turn.get("content"))
         if isinstance(content, list):
@@ -195,11 +209,19 @@ def _image(value: Any, column: str) -> Image:
     if isinstance(value, str) and value:
         if value.startswith("data:"):
             return _decoded(value.partition(",")[2], column)
-        return value if len(value) <= _PATH_LENGTH else _decoded(value, column)
+        return _decoded(value, column) if len(value) > _PATH_LENGTH or _is_base64(value) else value
     raise DataError(
         f"{column!r} holds {'nothing' if not value else type(value).__name__}; right would be encoded image bytes, "
         "base64, or the path of an image file"
     )
+
+
+def _is_base64(text: str) -> bool:
+    """Whether a string is the whole of an image, which no path is: most have a dot, which base64 has not."""
+    try:
+        return base64.b64decode(text, validate=True).startswith(_SIGNATURES)
+    except ValueError:
+        return False
 
 
 def _decoded(text: str, column: str) -> bytes:
