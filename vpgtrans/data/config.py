@@ -1,8 +1,8 @@
 """What a recipe says about data: one entry a source (no torch here)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from vpgtrans.config import Config
 
@@ -17,7 +17,7 @@ class DataSource(Config):
     format: Format = "auto"
     """How it is laid out, see `data.formats`; auto: by the file's ending."""
     split: str = "train"
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of this source in the mixture, relative to the others' weights."""
     limit: PositiveInt | None = None
     """Take at most this many rows, the first ones in the source's own order."""

@@ -39,8 +39,8 @@ class Mixture:
         """
         if not sources:
             raise DataError("a mixture needs at least one source")
-        if wrong := next((source.name for source, weight in sources if not weight > 0), None):
-            raise DataError(f"{wrong}: the weight of a source must be above zero")
+        if wrong := next((source.name for source, weight in sources if not 0 < weight < np.inf), None):
+            raise DataError(f"{wrong}: the weight of a source must be above zero, and finite")
         self.sources = [source for source, _ in sources]
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
         weights = np.array([weight for _, weight in sources], dtype=np.float64)
@@ -132,7 +132,7 @@ class Mixture:
         """How many draws each source has had before an epoch; they add up to the epochs' length."""
         # Where the sources' shares end in an epoch, moved by another fraction of a draw in each.
         moved = np.arange(epoch) * _GOLDEN % 1
-        ends = np.floor(len(self) * np.append(0, np.cumsum(self.shares))[:, None] + moved)
+        ends = np.floor(len(self) * np.append(0, np.cumsum(self.shares))[:, None] + moved).clip(max=len(self))
         ends[-1], ends[0] = len(self), 0
         return np.diff(ends, axis=0).sum(axis=1).astype(np.int64)
 
