@@ -192,7 +192,6 @@ def _folder(source: DataSource) -> Opened:
 
 def _huggingface(source: DataSource) -> Opened:
     from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     name = f"{source.dataset} {source.split}"
     try:
@@ -210,7 +209,9 @@ def _huggingface(source: DataSource) -> Opened:
                     if source.split not in table:
                         raise DataError(f"{source.dataset}: no split {source.split!r}; it has {', '.join(table)}")
                     table = table[source.split]
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of the hub, of a set's files or of what describes them
         raise DataError(f"{source.dataset}, split {source.split!r}: {error}") from error
     files = [Path(entry["filename"]) for entry in table.cache_files]
     return Opened(ArrowRows(table, name, files), None, source)

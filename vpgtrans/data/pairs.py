@@ -82,7 +82,7 @@ def _joined(join: Callable[[Any], Records], *files: Path, right: str) -> Rows:
     content = _load(files[0])
     try:
         return ListRows(list(join(content)), str(files[0]), files)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
             f"{files[0]}: not laid out as expected ({type(error).__name__}: {error}); right would be {right}"
         ) from error

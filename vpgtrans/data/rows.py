@@ -249,7 +249,7 @@ def file_state(file: Path, *, whole: bool) -> bytes:
     """What tells a changed file: its content's hash or, for large ones and where `whole` is false, size and time."""
     try:
         status = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return b"missing"
     if whole and status.st_size <= _WHOLE_FILE_LIMIT:
         with file.open("rb") as stream:

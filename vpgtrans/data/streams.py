@@ -80,7 +80,11 @@ class StreamRows(Rows):
             self._iterator, self._next = iter(self._table.skip(start)), start
         found: list[dict[str, Any]] = []
         while self._next < min(start + STRETCH, self._count):
-            record = next(self._iterator, None)
+            try:
+                record = next(self._iterator, None)
+            except Exception as error:  # of the network, or of a format that is read over it
+                self._iterator = None
+                raise DataError(f"{self.where(self._next)}: {error or type(error).__name__}") from error
             if record is None:
                 break
             if self._next >= start:

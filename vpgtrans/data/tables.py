@@ -56,12 +56,16 @@ class ParquetRows(Rows):
         for number, file in enumerate(files):
             with _reading(file):
                 metadata = pq.read_metadata(file)
-            columns = metadata.schema.to_arrow_schema().names
+                columns = metadata.schema.to_arrow_schema().names
+                groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+                if min((group.num_rows for group in groups), default=0) < 0 or metadata.num_rows != sum(
+                    group.num_rows for group in groups
+                ):
+                    raise ValueError("it states two numbers of rows")
             if self._columns is not None and columns != self._columns:
                 raise DataError(f"{file}: columns {', '.join(columns)}; {files[0]} has {', '.join(self._columns)}")
             self._columns = columns
-            for group in range(metadata.num_row_groups):
-                about = metadata.row_group(group)
+            for group, about in enumerate(groups):
                 if about.num_rows:
                     starts.append(starts[-1] + about.num_rows)
                     sizes.append(about.total_byte_size)
@@ -99,7 +103,10 @@ class ParquetRows(Rows):
     def read(self, row: int) -> dict[str, Any]:
         place = self._group(row)
         table = self._table(place)
-        return table.slice(row - int(self._starts[place]), 1).to_pylist()[0]
+        try:
+            return table.slice(row - int(self._starts[place]), 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # a text that is no UTF-8, a date that is none
+            raise DataError(f"{self.where(row)}: not readable ({error})") from error
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -115,8 +122,12 @@ class ParquetRows(Rows):
             if number not in self._open:
                 if len(self._open) > 64:
                     self._open.clear()
-                self._open[number] = pq.ParquetFile(self.files[number], memory_map=True)
+                self._open[number] = pq.ParquetFile(
+                    self.files[number], memory_map=True, page_checksum_verification=True
+                )
             table = self._open[number].read_row_group(group, use_threads=False)
+            if table.num_rows != self._starts[place + 1] - self._starts[place]:
+                raise ValueError(f"row group {group} has {table.num_rows} rows, not as many as it states")
         # One more than the window: the order goes on to the next window before the last one is done with.
         while len(self._groups) > self._window:
             self._groups.popitem(last=False)
