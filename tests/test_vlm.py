@@ -269,6 +269,26 @@ def test_generate_equals_stepwise_argmax(path):
         assert vlm.generate(IMAGES, prompt, max_new_tokens=6, batch_size=1) == expected
 
 
+def test_generation_of_a_chat_ends_with_its_turn_too(tmp_path, monkeypatch):
+    # as Gemma's: an answer ends with a token that is not the tokenizer's end of a text
+    llm = open_llm(str(tiny_llm("gemma3", tmp_path / "llm")), dtype=torch.float32)
+    llm.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    llm.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + '\n' + m['content'] }}<end_of_turn>{% endfor %}"
+    )
+    asked = {}
+
+    def generate(**options):
+        asked.update(options)
+        return torch.zeros(1, 1, dtype=torch.long)
+
+    monkeypatch.setattr(llm.model, "generate", generate)
+    splice = Splice(llm, PromptConfig(), visual_tokens=3)
+    splice.write(random_prompts(llm, 1), [splice.prompter.template("<image>")], max_new_tokens=2)
+    ends = [llm.tokenizer.eos_token_id, llm.tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    assert asked["eos_token_id"] == ends
+
+
 def test_generation_ends_with_the_end_token(tmp_path):
     vlm = tiny_vlm(sharp_llm("opt", tmp_path / "llm", seed=2), prompt=PromptConfig())
     written = greedy(vlm, IMAGES[0], "<image>\n", 8)

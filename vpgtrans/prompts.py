@@ -160,9 +160,10 @@ class Prompter:
         """Stretches of ids, and whether the loss counts them. An empty last answer is where an answer is to begin."""
         if len(turns) == 1 and turns[0].role == "assistant":
             yield self._with_start([]), False
-            for piece in self._around_images(turns[0].text):
-                yield piece, True
-            yield self._end_ids, True
+            if turns[0].text:
+                for piece in self._around_images(turns[0].text):
+                    yield piece, True
+                yield self._end_ids, True
         elif self._is_chat(turns):
             yield from self._chat_pieces(turns)
         else:
@@ -200,22 +201,23 @@ class Prompter:
         return IMAGE * images + self.config.question.replace("{question}", rest)
 
     def _chat_pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
-        rendered = self._render(turns)
-        head, *answers = rendered.split(_ANSWER)
-        yield self._marked_ids(head, first=True), False
-        for position, part in enumerate(answers):
+        head, *answers = self._render(turns).split(_ANSWER)
+        before, apart = _without_spaces(head)
+        yield self._marked_ids(before, first=True), False
+        for position, part in enumerate(answers, start=1):
+            last = position == len(answers)
             answer, _, after = part.partition(_END)
-            if position == len(answers) - 1 and not turns[-1].text:
+            if last and not turns[-1].text:
                 return
-            yield self._later_ids(answer.strip()), True
-            if position == len(answers) - 1 and after.strip() == "":
-                yield self._end_ids, True
-                return
+            yield self._later_ids(apart + answer.strip()), True
+            after, apart = _without_spaces(after)
             ids = self._marked_ids(after)
             end = self._end_of_turn(ids)
+            if last:  # what a template puts behind the end of the last answer says nothing
+                yield ids[:end] or self._end_ids, True
+                return
             yield ids[:end], True
-            if position < len(answers) - 1:  # what a template puts behind the last answer says nothing
-                yield ids[end:], False
+            yield ids[end:], False
 
     def _render(self, turns: Sequence[Turn]) -> str:
         """The template's text, with marks for answers and images."""
@@ -226,9 +228,11 @@ class Prompter:
             except Exception as error:  # templates raise what they like about roles that they do not know
                 problem = error
                 continue
-            if rendered.count(_ANSWER) == sum(turn.role == "assistant" for turn in turns):
+            if rendered.count(_ANSWER) == sum(turn.role == "assistant" for turn in turns) and all(
+                message["content"].strip() in rendered for message in form
+            ):
                 return rendered
-            problem = ValueError("it leaves out turns")
+            problem = ValueError("it leaves out a turn, or a part of one such as <think>…</think> in an answer")
         raise DataError(f"the LLM's chat template does not take this conversation: {problem}") from problem
 
     def _marked(self, turn: Turn) -> str:
@@ -242,12 +246,15 @@ class Prompter:
         return [t for piece in self._around_images(text.replace(_PICTURE, IMAGE), first=first) for t in piece]
 
     def _end_of_turn(self, ids: list[int]) -> int:
-        """How many of the ids behind an answer end it: up to the first special token, over white space alone."""
+        """How many of the ids behind an answer end it: up to the first token that is no text, over white space alone.
+
+        Some vocabularies have their `<|im_end|>` as an added token that is not marked as special.
+        """
         for place, token in enumerate(ids):
             if token in self._special:
                 return place + 1
             if self.tokenizer.decode([token]).strip():
-                break
+                return place + 1 if token in self.tokenizer.added_tokens_decoder else 0
         return 0
 
     def _around_images(self, text: str, *, first: bool = True) -> Iterator[list[int]]:
@@ -261,6 +268,17 @@ class Prompter:
         """With the token that begins a text, where the LLM has one; a template may begin with it already."""
         start = self.tokenizer.bos_token_id
         return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Tokens at which an answer is over: the end of a text and, for chats, of a turn; often two (Gemma, Phi-3)."""
+        ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        if self.config.format != "plain" and self.tokenizer.chat_template:
+            learnt = self._encode([Turn("user", "a"), Turn("assistant", "a")])
+            last = int(learnt.ids[learnt.answer][-1])
+            if last in self.tokenizer.added_tokens_decoder and last not in ends:
+                ends.append(last)
+        return ends
 
     @cached_property
     def _end_ids(self) -> list[int]:
@@ -301,6 +319,12 @@ def _split_images(text: str) -> tuple[int, str]:
     while rest.startswith(IMAGE):
         rest, images = rest.removeprefix(IMAGE).lstrip(), images + 1
     return images, rest
+
+
+def _without_spaces(text: str) -> tuple[str, str]:
+    """What stands before an answer, and the spaces between them: these belong to the answer's first token."""
+    before = text.rstrip(" ")
+    return before, text[len(before) :]
 
 
 def _without_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -135,7 +135,7 @@ class Splice:
             attention_mask=real.to(self.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=padding,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=self.prompter.ends or None,
             **{"do_sample": False, **options},
         )
         return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
