@@ -116,7 +116,7 @@ class LanguageModel:
     @property
     def max_tokens(self) -> int | None:
         """The longest sequence that its positions were made for, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return max_tokens_of(self.model.config)
 
     @property
     def width(self) -> int:
@@ -256,6 +256,11 @@ def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
         return gguf_files.open_config(found.path)
     config = _config(reference, found.path, trust_remote_code=trust_remote_code)
     return _causal_config(reference, config)
+
+
+def max_tokens_of(config: Any) -> int | None:
+    """The longest sequence that an LLM's positions were made for, where its config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:

@@ -52,6 +52,24 @@ def trainable_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         rate = "" if row["lr"] is None else f"{row['lr']:g}"
         table.add_row(row["part"], row["mode"], f"{row['parameters']:,}", f"{row['trained']:,}", rate)
+    return _lines(table)
+
+
+def data_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each source of a mixture yields, as lines for the log; rows as `data.stats.outlook` gives them."""
+    measured = max((row["measured"] for row in rows), default=0)
+    title = f"training data (tokens and images: means over up to {measured:,} rows of a source)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    for name in ("rows", "draws", "tokens", "learnt", "images", "share of tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        means = (f"{row[name]:,.1f}" for name in ("tokens", "learnt", "images"))
+        table.add_row(row["source"], f"{row['rows']:,}", f"{row['draws']:.1%}", *means, f"{row['share_of_tokens']:.1%}")
+    return _lines(table)
+
+
+def _lines(table: Table) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=78, color_system=None).print(table)
+    Console(file=stream, width=100, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines() if line.strip())

@@ -168,5 +168,35 @@ def print_pairs(pairs: Mapping[str, Any], *, title: str | None = None) -> None:
         print_rows(rows, title=key.replace("_", " "))
 
 
+def print_line(text: str) -> None:
+    """A line of plain words on stdout."""
+    click.echo(text)
+
+
+def print_histogram(bars: Sequence[Mapping[str, Any]], *, title: str, width: int = 40) -> None:
+    """Bars of text, one a line: `from`, `to` (inclusive) and `share` each."""
+    if not bars:
+        return
+    largest = max(bar["share"] for bar in bars)
+    rows = []
+    for bar in bars:
+        name = f"{bar['from']:,}" if bar["from"] == bar["to"] else f"{bar['from']:,}–{bar['to']:,}"
+        # eighths of a character; what is there at all shows as one
+        eighths = max(bool(bar["share"]), round(8 * width * bar["share"] / largest))
+        rows.append((name, "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), f"{bar['share']:.1%}"))
+    names, longest = max(len(name) for name, *_ in rows), max(len(drawn) for _, drawn, _ in rows)
+    click.echo(f"\n{title}")
+    for name, drawn, share in rows:
+        click.echo(f"{name:>{names}}  {drawn:<{longest}}  {share:>6}")
+
+
+def print_pieces(pieces: Sequence[Mapping[str, Any]]) -> None:
+    """A sample as the LLM sees it. What the loss counts stands in 【 】 and, on a terminal, out in colour."""
+    for piece in pieces:
+        text = f"【{piece['text']}】" if piece["learnt"] else piece["text"]
+        click.secho(text, nl=False, fg="green" if piece["learnt"] else None, bold=piece["learnt"], dim=piece["visual"])
+    click.echo()
+
+
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

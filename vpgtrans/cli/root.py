@@ -3,7 +3,6 @@
 Exit codes: 0 done; 1 failed while running; 2 the user's input is wrong; 4 integrity; 130 interrupted; 143 terminated.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from vpgtrans import __version__
+from vpgtrans.cli.lazy import LazyGroup
 from vpgtrans.errors import VpgTransError
 from vpgtrans.processes import first_process
 
@@ -24,33 +24,15 @@ VERBS = {
     "validate": "vpgtrans.cli.validate",
     "evaluate": "vpgtrans.cli.evaluate",
     "caption": "vpgtrans.cli.caption",
+    "data": "vpgtrans.cli.data",
     "registry": "vpgtrans.cli.registry",
     "doctor": "vpgtrans.cli.doctor",
 }
 """Verb -> the module that holds its `command`, in the order of the help page."""
 
 
-class Root(click.Group):
-    """Imports a verb's module when it is asked for, and turns errors into exit codes."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        return importlib.import_module(VERBS[cmd_name]).command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
-            import difflib
-
-            close = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            ctx.fail(f"No such command {args[0]!r}.{hint}")
-        return super().resolve_command(ctx, args)
+class Root(LazyGroup):
+    """Turns errors into exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -73,6 +55,7 @@ class Root(click.Group):
 
 @click.group(
     cls=Root,
+    verbs=VERBS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Run `vpgtrans COMMAND --help` for examples. VPGTRANS_DEBUG=1 shows tracebacks.",
 )

@@ -1,8 +1,10 @@
 """A data set as samples by number: records of any container, laid out in any way."""
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +18,9 @@ from vpgtrans.data.tables import ArrowRows
 from vpgtrans.data.urls import read
 from vpgtrans.errors import DataError, Dropped
 from vpgtrans.prompts import Text, answer_of
-from vpgtrans.vision.preprocess import open_image
+from vpgtrans.vision.preprocess import image_size, open_image
+
+Result = TypeVar("Result")
 
 _TRIED = 16
 """Rows that are read when a source is opened: if none of them is a sample, its columns are named wrongly."""
@@ -114,13 +118,21 @@ class Source:
         Raises:
             DataError: one of them can't be read; the message names file and row.
         """
-        opened = []
-        for image in sample.images:
-            try:
-                opened.append(open_image(image if isinstance(image, bytes) else _fetched(image)))
-            except DataError as error:
-                raise DataError(f"{self.rows.where(sample.row)}: {error}") from error
-        return opened
+        return self._each_image(sample, lambda image: open_image(_fetched(image)))
+
+    def sizes(self, sample: Sample) -> list[tuple[int, int]]:
+        """Width and height of a sample's images, from their headers: nothing is decoded.
+
+        Raises:
+            DataError: as `open`, as far as headers tell.
+        """
+        return self._each_image(sample, lambda image: image_size(_fetched(image)))
+
+    def _each_image(self, sample: Sample, what: Callable[[bytes | str], Result]) -> list[Result]:
+        try:
+            return [what(image) for image in sample.images]
+        except DataError as error:
+            raise DataError(f"{self.rows.where(sample.row)}: {error}") from error
 
     @cached_property
     def weights(self) -> np.ndarray | None:
@@ -187,8 +199,10 @@ def open_dataset(source: DataSource) -> Source:
     return Source(open_rows(source))
 
 
-def _fetched(image: str) -> bytes | str:
+def _fetched(image: bytes | str) -> bytes | str:
     """The content of a file or URL, so that an error while reading and one while decoding can be told apart."""
+    if isinstance(image, bytes):
+        return image
     if "://" in image:
         return read(image)
     try:

@@ -24,7 +24,7 @@ def write_compare_report(run: Path) -> Path:
     arms = compare_arms(files.summary)
     headline, *rest = findings(arms)
     return write_page(
-        run,
+        run / "report.html",
         "compare.html.jinja",
         kind="A comparison by vpgtrans",
         title=f"{sentence([arm.name for arm in arms])} compared · vpgtrans",

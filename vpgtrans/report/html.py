@@ -86,8 +86,8 @@ def sentence(parts: Sequence[str], *, last: str = "and") -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {last} {parts[-1]}" if parts else ""
 
 
-def write_page(run: Path, template: str, **values: Any) -> Path:
-    """Render `template` into `run/report.html`, whole or not at all.
+def write_page(target: Path, template: str, **values: Any) -> Path:
+    """Render `template` into the file `target`, whole or not at all.
 
     Raises:
         OutputError: the file can't be written.
@@ -108,7 +108,7 @@ def write_page(run: Path, template: str, **values: Any) -> Path:
         policy=POLICY,
         **values,
     )
-    target, partial = run / "report.html", run / ".report.html.partial"
+    partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, target)

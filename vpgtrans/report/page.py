@@ -83,7 +83,7 @@ def write_report(run: Path) -> Path:
     curves = run_curves(files.metrics or [])
     samples = [_sample(files, sample) for sample in files.samples or []]
     return write_page(
-        run,
+        run / "report.html",
         "report.html.jinja",
         kind="A run of vpgtrans",
         title=f"{_moved(files)} · vpgtrans",

@@ -6,7 +6,7 @@ text size, since one drawing scaled to a phone has unreadable labels.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,14 @@ def compare_chart(arms: Sequence[Arm], *, prefix: str, title: str, description: 
     return _both(lambda width: _compare_figure(arms, width=width), prefix=prefix, title=title, description=description)
 
 
+def histogram_chart(
+    bars: Sequence[Mapping[str, float]], *, unit: str, prefix: str, title: str, description: str
+) -> Markup:
+    """Bars of `from`, `to` and `share`, as HTML: one width for both, since two stand side by side on a wide page."""
+    svg = _svg(_histogram_figure(bars, unit=unit), prefix=prefix, title=title, description=description)
+    return Markup(f'<div class="chart">{svg}</div>')
+
+
 def compare_plot(summary: dict[str, Any], png: Path) -> Path:
     """Draw a comparison's summary as a PNG 1,600 pixels wide and return its path.
 
@@ -83,17 +91,17 @@ def _both(draw: Any, *, prefix: str, title: str, description: str) -> Markup:
     for width in ("wide", "narrow"):
         with mpl.rc_context(_RC):
             figure = draw(width)
-            FigureCanvasSVG(figure)
-            stream = io.StringIO()
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-        svg = inline_svg(
-            stream.getvalue(),
-            prefix=f"{prefix}-{width}",
-            title=str(escape(title)),
-            description=str(escape(description)),
-        )
+        svg = _svg(figure, prefix=f"{prefix}-{width}", title=title, description=description)
         parts.append(f'<div class="chart {width}">{svg}</div>')
     return Markup("\n".join(parts))
+
+
+def _svg(figure: Figure, *, prefix: str, title: str, description: str) -> str:
+    with mpl.rc_context(_RC):
+        FigureCanvasSVG(figure)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return inline_svg(stream.getvalue(), prefix=prefix, title=str(escape(title)), description=str(escape(description)))
 
 
 def _figure(width: Width, height: float) -> Figure:
@@ -368,6 +376,35 @@ def _crossings(axes: Axes, arms: Sequence[Arm], styles: dict[str, dict], *, wide
             bbox={"facecolor": LIGHT["page"], "edgecolor": "none", "pad": 1.5},
             zorder=4,
         )
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _histogram_figure(bars: Sequence[Mapping[str, float]], *, unit: str) -> Figure:
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(440 / 72, 210 / 72))
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.26)
+        axes = figure.subplots()
+        places = range(len(bars))
+        axes.bar(places, [bar["share"] for bar in bars], width=0.9, color=LIGHT["accent"])
+        for place, bar in zip(places, bars, strict=True):
+            if bar["share"]:
+                text = f"{100 * bar['share']:.0f}" if bar["share"] >= 0.005 else "<1"
+                axes.annotate(
+                    text, (place, bar["share"]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=11
+                )
+        # a tick where each bar begins, as many as can be read
+        step = max(1, math.ceil(sum(len(f"{bar['from']:,.0f}") + 2 for bar in bars) / 46))
+        axes.set_xticks([place - 0.45 for place in places][::step])
+        axes.set_xticklabels([f"{bar['from']:,.0f}" for bar in bars][::step], ha="left")
+        axes.set_xlim(-0.6, max(len(bars), 4) - 0.4)
+        axes.set_ylim(0, 1.12 * max(bar["share"] for bar in bars))
+        axes.yaxis.set_visible(False)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(f"{unit}, from; % of all above the bars")
+        axes.tick_params(length=0, pad=5)
+    return figure
 
 
 # --- shared -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The verbs: what a command does once its arguments are checked."""
 
 from vpgtrans.runs.compare import compare
+from vpgtrans.runs.data import data_stats
 from vpgtrans.runs.journey import train, transfer
 from vpgtrans.runs.use import caption, evaluate, probe, validate
 
-__all__ = ["caption", "compare", "evaluate", "probe", "train", "transfer", "validate"]
+__all__ = ["caption", "compare", "data_stats", "evaluate", "probe", "train", "transfer", "validate"]

@@ -1,7 +1,5 @@
 """`transfer` and `train`: from a recipe to a run directory with a VLM, a summary and a report."""
 
-import base64
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -14,10 +12,12 @@ from PIL import Image
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture, open_mixture
+from vpgtrans.data.stats import outlook
 from vpgtrans.errors import RecipeError
 from vpgtrans.evaluation.metrics import score
 from vpgtrans.memory import forget, overall_peak, start_span
 from vpgtrans.processes import first_process
+from vpgtrans.progress import data_table
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
 from vpgtrans.runs.answers import answer
@@ -29,7 +29,7 @@ from vpgtrans.runs.training import run_stages
 from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
 from vpgtrans.training.parts import changed_parts
-from vpgtrans.vision.preprocess import to_rgb
+from vpgtrans.vision.preprocess import thumbnail
 from vpgtrans.vlm_directory import save_vlm
 
 _LOGGER = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ def _journey(
     source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
     prepared = prepare(recipe, device=where, source=source, train=train_data)
     recipe = with_prompt(recipe, source)
+    _LOGGER.info("%s", data_table(outlook(train_data, prepared.prompter, seed=recipe.seed)))
     if dry_run:
         describe(recipe, prepared, validation)
         _LOGGER.info("dry run: nothing was trained or written")
@@ -184,14 +185,12 @@ def _samples(
     mixture: Mixture, rows: Sequence[int], images: Sequence[Image.Image], before: list[str], after: list[str]
 ) -> list[dict[str, Any]]:
     return [
-        {"id": mixture.id(row), "image": _png(image), "reference": mixture.caption(row), "before": was, "after": now}
+        {
+            "id": mixture.id(row),
+            "image": thumbnail(image),
+            "reference": mixture.caption(row),
+            "before": was,
+            "after": now,
+        }
         for row, image, was, now in zip(rows, images, before, after, strict=True)
     ]
-
-
-def _png(image: Image.Image, *, side: int = 160) -> str:
-    picture = to_rgb(image)
-    picture.thumbnail((side, side))
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
-    return base64.b64encode(stream.getvalue()).decode()

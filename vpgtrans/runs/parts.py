@@ -21,7 +21,7 @@ from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import pinned, resolve
 from vpgtrans.vision import connectors
 from vpgtrans.vision.connectors import QueryConnector
-from vpgtrans.vision.importers import import_source
+from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm import VLM
 from vpgtrans.vlm_directory import check_base, load_vision, load_vlm
@@ -74,6 +74,28 @@ def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = Fa
         imported.prompt,
         {"source_vpg": vpg, "source_llm": imported.source_llm},
     )
+
+
+def outline_of(vpg: str | VPGConfig) -> Outline:
+    """Visual tokens of an image and the prompt of a source; neither an encoder's weights nor an LLM are loaded.
+
+    Raises:
+        As `open_source`.
+    """
+    if isinstance(vpg, VPGConfig):
+        with torch.device("meta"):
+            return Outline(build_vpg(vpg, load_weights=False).tokens, None)
+    found = resolve(vpg, weights=False)
+    if found.kind == "vlm":
+        vision = load_vision(vpg, encoder_weights=False)
+        return Outline(vision.vpg.tokens, vision.prompt)
+    return outline_source(found.path, reference=vpg)
+
+
+def prompt_of(recipe: Recipe, source: PromptConfig | None) -> PromptConfig:
+    """What the recipe states of a prompt, and for the rest the source's own."""
+    stated = {} if recipe.prompt is None else recipe.prompt.model_dump(include=recipe.prompt.model_fields_set)
+    return (source or PromptConfig()).model_copy(update=stated)
 
 
 def fresh_connector(vpg: VPG, *, seed: int) -> VPG:

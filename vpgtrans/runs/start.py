@@ -13,6 +13,7 @@ from vpgtrans.data.mixture import Mixture
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import trainable_table
+from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.parts import (
     Source,
@@ -21,6 +22,7 @@ from vpgtrans.runs.parts import (
     fresh_connector,
     measure_inputs,
     open_target,
+    prompt_of,
     visual_tokens,
 )
 from vpgtrans.training.parts import check_stages, set_trainable, table
@@ -49,6 +51,11 @@ class Prepared:
     prompt: PromptConfig
     context: Context
     device: torch.device
+
+    @property
+    def prompter(self) -> Prompter:
+        """What the run makes token ids with."""
+        return Splice(self.llm, self.prompt, visual_tokens=self.source.vpg.tokens).prompter
 
 
 @dataclass
@@ -98,9 +105,7 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
         captions=[train.caption(row) for row in rows],
         seed=recipe.seed,
     )
-    prompt = with_prompt(recipe, source).prompt
-    assert prompt is not None
-    return Prepared(source, llm, prompt, context, device)
+    return Prepared(source, llm, prompt_of(recipe, source.prompt), context, device)
 
 
 def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture, *, each: Each = None) -> Choice:
@@ -219,6 +224,4 @@ def _projector_config(recipe: Recipe, source: Source) -> ProjectorConfig:
 
 def with_prompt(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with its prompt written out: what it states, and for the rest the source's own."""
-    own = source.prompt or PromptConfig()
-    stated = {} if recipe.prompt is None else recipe.prompt.model_dump(include=recipe.prompt.model_fields_set)
-    return recipe.model_copy(update={"prompt": own.model_copy(update=stated)})
+    return recipe.model_copy(update={"prompt": prompt_of(recipe, source.prompt)})

@@ -5,15 +5,17 @@ float32 rounding, without torchvision. `pad` resizes before it pads, which is ch
 border pixels differ a little from processors that pad first.
 """
 
+import base64
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vpgtrans.config import ImageConfig
@@ -40,19 +42,46 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     Raises:
         DataError: the file does not exist, is no image, is damaged, or would unpack to an absurd size.
     """
-    where = f"{len(source)} bytes of image data" if isinstance(source, bytes) else str(source)
-    try:
+    with _readable(source):
         if isinstance(source, Image.Image):
             return _to_8_bit(ImageOps.exif_transpose(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.load()
             return _to_8_bit(ImageOps.exif_transpose(opened))
+
+
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
+    """Width and height of an upright image, from its header: nothing is decoded.
+
+    Raises:
+        DataError: as `open_image`, as far as the header tells.
+    """
+    with _readable(source), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _readable(source: str | Path | bytes | Image.Image) -> Iterator[None]:
+    """What Pillow's decoders raise on damaged input, as a DataError."""
+    where = f"{len(source)} bytes of image data" if isinstance(source, bytes) else str(source)
+    try:
+        yield
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, OverflowError) as error:
-        # What Pillow's decoders raise on damaged input.
         problem = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{where}: not a readable image ({problem})") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused ({error})") from error
+
+
+def thumbnail(image: Image.Image, *, side: int = 160) -> str:
+    """A small picture of an image for a page: a PNG in base64."""
+    picture = to_rgb(image)
+    picture.thumbnail((side, side))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def to_rgb(image: Image.Image, *, background: Color = (255, 255, 255)) -> Image.Image:

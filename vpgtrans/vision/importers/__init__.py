@@ -10,11 +10,11 @@ from vpgtrans.parts import read_object
 from vpgtrans.references import portable
 from vpgtrans.vision.encoders import open_config
 from vpgtrans.vision.importers import blip2, llava
-from vpgtrans.vision.importers.source import ImportedSource
+from vpgtrans.vision.importers.source import ImportedSource, Outline
 
-_IMPORTERS = {"blip-2": blip2.read, "llava": llava.read}
+_IMPORTERS = {"blip-2": blip2, "llava": llava}
 
-__all__ = ["ImportedSource", "import_source", "importable"]
+__all__ = ["ImportedSource", "Outline", "import_source", "importable", "outline_source"]
 
 
 def importable(path: str | Path) -> str:
@@ -46,5 +46,12 @@ def import_source(path: str | Path, *, reference: str | None = None) -> Imported
         missing, extra or mis-shaped. TransferError: the checkpoint does something our parts have no words for.
     """
     directory = Path(path)
-    model_type = importable(directory)
-    return _IMPORTERS[model_type](directory, open_config(directory), reference=portable(reference or str(directory)))
+    reader = _IMPORTERS[importable(directory)].read
+    return reader(directory, open_config(directory), reference=portable(reference or str(directory)))
+
+
+def outline_source(path: str | Path, *, reference: str | None = None) -> Outline:
+    """Visual tokens and prompt of what `import_source` reads, from the configs alone; errors as there."""
+    directory = Path(path)
+    outline = _IMPORTERS[importable(directory)].outline
+    return outline(directory, open_config(directory), reference=portable(reference or str(directory)))

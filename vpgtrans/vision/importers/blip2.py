@@ -11,12 +11,18 @@ from vpgtrans.parts import load_strict
 from vpgtrans.projector import Projector
 from vpgtrans.vision.connectors import QFormer
 from vpgtrans.vision.encoders import HuggingFaceEncoder
-from vpgtrans.vision.importers.source import ImportedSource, image_config, prompt_config
+from vpgtrans.vision.importers.source import ImportedSource, Outline, image_config, prompt_config
 from vpgtrans.vision.tensors import drop_obsolete
 from vpgtrans.vision.vpg import VPG
 
 DEFAULT_PROMPT = "<image>"
 """BLIP-2 was trained to continue from the image alone."""
+
+
+def outline(directory: Path, config: PreTrainedConfig, *, reference: str) -> Outline:
+    """What `read` would give, from the configs alone."""
+    assert isinstance(config, Blip2Config)
+    return Outline(config.num_query_tokens, prompt_config(directory, default=DEFAULT_PROMPT))
 
 
 def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> ImportedSource:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import LlavaConfig, PreTrainedConfig
 
 from vpgtrans.checkpoint_files import CheckpointFiles
@@ -11,7 +12,7 @@ from vpgtrans.parts import load_strict
 from vpgtrans.projector import Projector
 from vpgtrans.vision.connectors import Identity
 from vpgtrans.vision.encoders import HuggingFaceEncoder
-from vpgtrans.vision.importers.source import ImportedSource, image_config, prompt_config
+from vpgtrans.vision.importers.source import ImportedSource, Outline, image_config, prompt_config
 from vpgtrans.vision.vpg import VPG
 
 DEFAULT_PROMPT = "USER: <image>\nASSISTANT:"
@@ -20,29 +21,18 @@ DEFAULT_PROMPT = "USER: <image>\nASSISTANT:"
 _LAYERS = {"linear_1": "layers.0", "linear_2": "layers.1"}
 
 
+def outline(directory: Path, config: PreTrainedConfig, *, reference: str) -> Outline:
+    """What `read` would give, from the configs alone."""
+    with torch.device("meta"):
+        encoder = _encoder(directory, config, reference=reference)
+    return Outline(encoder.patches, prompt_config(directory, default=DEFAULT_PROMPT))
+
+
 def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> ImportedSource:
     """Translate the checkpoint in `directory`."""
+    encoder = _encoder(directory, config, reference=reference)
     assert isinstance(config, LlavaConfig)
-    if not isinstance(config.vision_feature_layer, int):
-        raise TransferError(
-            f"{directory}: vision_feature_layer {config.vision_feature_layer} names several layers; one is supported"
-        )
-    vision, width = config.vision_config, config.text_config.hidden_size
-    encoder = HuggingFaceEncoder(
-        HuggingFaceEncoderConfig(
-            reference=reference,
-            architecture=vision.to_diff_dict(),
-            layer=config.vision_feature_layer,
-            final_norm=False,  # LLaVA takes hidden_states[layer], which no final norm has passed, also for layer -1
-            select="patch" if config.vision_feature_select_strategy == "default" else "full",
-            image=image_config(directory, vision, default=ImageConfig(fit="crop")),
-        )
-    )
-    if encoder.config.select == "patch" and encoder.prefix != 1:
-        raise TransferError(
-            f"{directory}: vision_feature_select_strategy 'default' drops one token, but its vision tower "
-            f"({vision.model_type}) has {encoder.prefix} tokens before the patches"
-        )
+    width = config.text_config.hidden_size
     encoder.load_weights(directory)
     connector = Identity(IdentityConnectorConfig(), width_in=encoder.width, patches=encoder.patches)
     projector = Projector(
@@ -66,6 +56,32 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
         prompt=prompt_config(directory, default=DEFAULT_PROMPT),
         source_llm=reference,
     )
+
+
+def _encoder(directory: Path, config: PreTrainedConfig, *, reference: str) -> HuggingFaceEncoder:
+    """The vision tower without its weights."""
+    assert isinstance(config, LlavaConfig)
+    if not isinstance(config.vision_feature_layer, int):
+        raise TransferError(
+            f"{directory}: vision_feature_layer {config.vision_feature_layer} names several layers; one is supported"
+        )
+    vision = config.vision_config
+    encoder = HuggingFaceEncoder(
+        HuggingFaceEncoderConfig(
+            reference=reference,
+            architecture=vision.to_diff_dict(),
+            layer=config.vision_feature_layer,
+            final_norm=False,  # LLaVA takes hidden_states[layer], which no final norm has passed, also for layer -1
+            select="patch" if config.vision_feature_select_strategy == "default" else "full",
+            image=image_config(directory, vision, default=ImageConfig(fit="crop")),
+        )
+    )
+    if encoder.config.select == "patch" and encoder.prefix != 1:
+        raise TransferError(
+            f"{directory}: vision_feature_select_strategy 'default' drops one token, but its vision tower "
+            f"({vision.model_type}) has {encoder.prefix} tokens before the patches"
+        )
+    return encoder
 
 
 def _translated(name: str) -> str:

@@ -36,6 +36,14 @@ class ImportedSource:
     source_llm: str
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What of a source is known without its weights: visual tokens of an image, and its prompt if it has one."""
+
+    visual_tokens: int
+    prompt: PromptConfig | None
+
+
 def image_config(directory: Path, vision: PreTrainedConfig, *, default: ImageConfig) -> ImageConfig:
     """The preprocessing that the checkpoint states; `default` at the vision model's own size where it states none."""
     stated = image_config_from(directory)

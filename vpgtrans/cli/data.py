@@ -1,0 +1,13 @@
+"""`vpgtrans data`: look at, plan and prepare data."""
+
+import click
+
+from vpgtrans.cli.lazy import LazyGroup
+
+VERBS = {"stats": "vpgtrans.cli.data_stats"}
+"""Verb -> the module that holds its `command`, in the order of the help page."""
+
+
+@click.group(name="data", cls=LazyGroup, verbs=VERBS, short_help="Look at a recipe's data.")
+def command() -> None:
+    """Look at a recipe's data, as its target LLM sees it."""
