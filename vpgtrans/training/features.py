@@ -66,17 +66,18 @@ class FrozenFront:
         self.dtype = dtype
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images -> pixels [B, 3, S, S], patches [B, N, d_enc] or visual tokens [B, T, d_vpg], on the CPU."""
-        return self.of_pixels(torch.stack([self.vpg.transform(image) for image in images]))
+        """Images -> levels uint8 [B, 3, S, S], patches [B, N, d_enc] or visual tokens [B, T, d_vpg], on the CPU."""
+        return self.of_levels(torch.stack([self.vpg.transform.levels(image) for image in images]))
 
     @torch.no_grad()
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        """As `__call__`, from pixels [B, 3, S, S]."""
+    def of_levels(self, levels: Tensor) -> Tensor:
+        """As `__call__`, from resized images, uint8 [B, 3, S, S]."""
         if self.level == "pixels":
-            return pixels
+            return levels
         parameter = next(self.vpg.encoder.parameters())
         self.vpg.encoder.eval()
-        features = self.vpg.encode(pixels.to(parameter.device, parameter.dtype))
+        pixels = self.vpg.transform.scaled(levels.to(parameter.device, non_blocking=True))
+        features = self.vpg.encode(pixels.to(parameter.dtype))
         if self.level == "tokens":
             self.vpg.connector.eval()
             features = self.vpg.connect(features.to(_dtype_of(self.vpg.connector, features.dtype)))
@@ -87,7 +88,8 @@ class FrozenFront:
         if self.level == "tokens":
             return inputs.float()
         if self.level == "pixels":
-            inputs = self.vpg.encode(inputs.to(_dtype_of(self.vpg.encoder, inputs.dtype)))
+            pixels = self.vpg.transform.scaled(inputs)
+            inputs = self.vpg.encode(pixels.to(_dtype_of(self.vpg.encoder, pixels.dtype)))
         return self.vpg.connect(inputs.to(_dtype_of(self.vpg.connector, torch.float32)))
 
     def key(self) -> str:

@@ -47,7 +47,8 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             return _to_8_bit(ImageOps.exif_transpose(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.load()
-            return _to_8_bit(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)  # it would copy every image otherwise
+            return _to_8_bit(opened)
 
 
 def image_size(source: str | Path | bytes) -> tuple[int, int]:
@@ -95,7 +96,11 @@ def to_rgb(image: Image.Image, *, background: Color = (255, 255, 255)) -> Image.
 
 
 class ImageTransform:
-    """An image -> pixels [3, size, size], float32, as `config` says."""
+    """An image -> pixels [3, size, size], float32, as `config` says.
+
+    In two steps, so that what travels between processes and to a device is a quarter of it: `levels` resizes, and
+    `scaled` does the arithmetic.
+    """
 
     def __init__(self, config: ImageConfig):
         self.config = config
@@ -104,9 +109,18 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels of one opened image (see `open_image`)."""
-        array = np.array(self.square(to_rgb(image, background=self.config.background)))
-        pixels = torch.from_numpy(array).permute(2, 0, 1).float() / 255
-        return (pixels - self._mean) / self._std
+        return self.scaled(self.levels(image))
+
+    def levels(self, image: Image.Image) -> Tensor:
+        """The resized image as it is, uint8 [3, size, size]."""
+        square = self.square(to_rgb(image, background=self.config.background))
+        # Band by band: Pillow takes them apart four times faster than numpy transposes.
+        return torch.from_numpy(np.stack([np.asarray(band) for band in square.split()]))
+
+    def scaled(self, levels: Tensor) -> Tensor:
+        """Levels [..., 3, size, size] as pixels, on the device that they are on."""
+        mean, std = self._mean.to(levels.device), self._std.to(levels.device)
+        return levels.float().div_(255).sub_(mean).div_(std)
 
     def batch(self, images: list[Image.Image]) -> Tensor:
         """Pixels [B, 3, size, size]."""
