@@ -1,7 +1,7 @@
 """What a run shows while it works: rich's progress bars on stderr, gone when it is no terminal; a stage's table."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 from rich import box
@@ -30,10 +30,12 @@ def bar() -> Progress:
     )
 
 
-def track(items: Sequence[T], title: str) -> Iterator[T]:
-    """Iterate with a bar."""
+def track(items: Iterable[T], title: str, *, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar; `total` where the items don't know their number."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with bar() as progress:
-        task = progress.add_task(title, total=len(items), note="")
+        task = progress.add_task(title, total=total, note="")
         for item in items:
             yield item
             progress.advance(task)

@@ -58,6 +58,9 @@ class Rows(ABC):
         """A row as its owner would look for it."""
         return f"{self.name}, row {row}"
 
+    def reopen(self) -> None:  # noqa: B027  # most have nothing to let go of
+        """In a process that was forked: let go of open files, connections and buffers, which two must not share."""
+
     @cached_property
     def fingerprint(self) -> str:
         """Of what the files hold."""

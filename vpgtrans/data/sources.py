@@ -134,6 +134,10 @@ class Source:
         except DataError as error:
             raise DataError(f"{self.rows.where(sample.row)}: {error}") from error
 
+    def reopen(self) -> None:
+        """In a process that was forked, see `Rows.reopen`."""
+        self.rows.reopen()
+
     @cached_property
     def weights(self) -> np.ndarray | None:
         """How often each row is to come, relative to the others; None: all alike. Only `openmoji` states any."""

@@ -46,6 +46,10 @@ class StreamRows(Rows):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_iterator": None, "_next": 0, "_stretches": OrderedDict()}
 
+    def reopen(self) -> None:
+        self._iterator, self._next = None, 0
+        self._stretches = OrderedDict()
+
     def __len__(self) -> int:
         return self._count
 

@@ -80,6 +80,10 @@ class ParquetRows(Rows):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "_groups": OrderedDict()}
 
+    def reopen(self) -> None:
+        self._open = {}
+        self._groups = OrderedDict()
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

@@ -53,6 +53,9 @@ class TarRows(Rows):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
+    def reopen(self) -> None:
+        self._open = {}
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

@@ -25,6 +25,8 @@ from vpgtrans.errors import DataError, Dropped
 from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
 from vpgtrans.references import cache_dir
+from vpgtrans.training.workers import Loader, Work
+from vpgtrans.vision.preprocess import ImageTransform
 from vpgtrans.vision.vpg import VPG
 
 Level = Literal["pixels", "patches", "tokens"]
@@ -45,6 +47,9 @@ class Images(Protocol):
     def id(self, row: int) -> str: ...
 
     def image(self, row: int) -> Image.Image: ...
+
+    def reopen(self) -> None:
+        """In a process that was forked, see `Rows.reopen`."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,49 @@ class FrozenFront:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass
+class _Decoded:
+    """Some images, read and resized: levels uint8 [len(rows), 3, S, S]; those that have none, and the unreadable."""
+
+    rows: list[int]
+    levels: Tensor
+    without: list[int]
+    reasons: dict[int, str]
+
+
+class _Decoding(Work[_Decoded]):
+    """Given rows, `size` at a time."""
+
+    def __init__(self, images: Images, transform: ImageTransform, rows: Sequence[int], size: int):
+        self.images = images
+        self.transform = transform
+        self.rows = rows
+        self.size = size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __getitem__(self, number: int) -> _Decoded:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        levels: list[Tensor] = []
+        found = _Decoded([], torch.empty(0), [], {})
+        for row in self.rows[number * self.size : (number + 1) * self.size]:
+            try:
+                levels.append(self.transform.levels(self.images.image(row)))
+                found.rows.append(row)
+            except Dropped:
+                found.without.append(row)
+            except DataError as error:
+                found.reasons[row] = str(error)
+        if levels:
+            found.levels = torch.stack(levels)
+        return found
+
+    def begin(self) -> None:
+        self.images.reopen()
+
+
 class FeatureCache:
     """A memory-mapped array of one row an image, filled as rows are asked for.
 
@@ -125,8 +173,12 @@ class FeatureCache:
         batch_size: int = 16,
         title: str = "features",
         each: Callable[[], None] = lambda: None,
+        workers: int = 0,
     ) -> None:
-        """Compute the given rows that are not there yet, with a progress bar; `each` is called before every batch."""
+        """Compute the given rows that are not there yet, with a progress bar; `each` is called before every batch.
+
+        Images are read and resized by as many processes as `workers` says, by this one if 0.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.directory / "lock")):
             flags = self._flags()
@@ -135,27 +187,14 @@ class FeatureCache:
             if not todo:
                 return
             _LOGGER.info("computing %s of %d images into %s", title, len(todo), self.directory)
-            for start in track(range(0, len(todo), batch_size), title):
-                each()
-                chunk = todo[start : start + batch_size]
-                readable, pictures = [], []
-                for row in chunk:
-                    try:
-                        pictures.append(self.images.image(row))
-                        readable.append(row)
-                    except Dropped:
-                        flags[row] = _WITHOUT
-                    except DataError as error:
-                        self._reasons[row] = str(error)
-                        flags[row] = _UNREADABLE
-                if readable:
-                    features = self.front(pictures)
-                    data = self._data(features.shape[1:])
-                    data[readable] = features.view(_STORAGE[features.dtype]).numpy()
-                    data.flush()
-                    flags[readable] = _STORED
-                self._write("unreadable.json", json.dumps(self._reasons).encode())
-                flags.flush()
+            decoding = _Decoding(self.images, self.front.vpg.transform, todo, batch_size)
+            loader = Loader(decoding, workers=workers)
+            try:
+                for decoded in track(loader, title, total=len(decoding)):
+                    each()
+                    self._store(decoded, flags)
+            finally:
+                loader.close()
 
     def unreadable(self, rows: Sequence[int]) -> list[Unreadable]:
         """Those of the given rows that can't be read."""
@@ -170,6 +209,20 @@ class FeatureCache:
         return torch.from_numpy(np.ascontiguousarray(array)).view(self.front.dtype)
 
     # --- files ----------------------------------------------------------------------------------
+
+    def _store(self, decoded: "_Decoded", flags: np.memmap) -> None:
+        if decoded.rows:
+            features = self.front.of_levels(decoded.levels)
+            data = self._data(features.shape[1:])
+            data[decoded.rows] = features.view(_STORAGE[features.dtype]).numpy()
+            data.flush()
+            flags[decoded.rows] = _STORED
+        flags[decoded.without] = _WITHOUT
+        if decoded.reasons:
+            self._reasons |= decoded.reasons
+            self._write("unreadable.json", json.dumps(self._reasons).encode())
+            flags[list(decoded.reasons)] = _UNREADABLE
+        flags.flush()
 
     def _flags(self) -> np.memmap:
         path = self.directory / "flags.u8"

@@ -31,6 +31,7 @@ from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
 from vpgtrans.training.samples import WINDOW, BadSamples, Samples
 from vpgtrans.training.stopping import Stopped, StopSignals
+from vpgtrans.training.workers import killed_is_said
 from vpgtrans.vlm import VLM
 
 _LOGGER = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class _Watch(L.Callback):
     def __init__(self, run: "StageRun"):
         self.run = run
         self.clock = time.perf_counter()
-        self.exchanged = len(run.bad.bad)
+        self.exchanged = run.bad.left_out
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.run.stop.install()
@@ -151,12 +152,13 @@ class _Watch(L.Callback):
         bad = self.run.bad
         if not bad.shared:
             return
-        if trainer.strategy.reduce_boolean_decision(len(bad.bad) > self.exchanged, all=False):
-            listed: list[dict[str, str]] = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(listed, bad.bad)
-            for others in listed:
-                bad.bad |= others
-            self.exchanged = len(bad.bad)
+        if trainer.strategy.reduce_boolean_decision(bad.left_out > self.exchanged, all=False):
+            listed: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * trainer.world_size
+            torch.distributed.all_gather_object(listed, (bad.bad, bad.dropped))
+            for unreadable, dropped in listed:
+                bad.bad |= unreadable
+                bad.dropped |= dropped
+            self.exchanged = bad.left_out
             bad.check()
 
 
@@ -226,13 +228,13 @@ class StageRun:
         self.validator = Validator(held_out, [int(row) for row in rows], workers=workers)
         started = time.perf_counter()
         unreadable = self.data.prepare(f"{stage.name}: images", each=self.stop.check)
-        unreadable += held_out.prepare(self.validator.rows, f"{stage.name}: validation images", each=self.stop.check)
+        unreadable += self.validator.prepare(f"{stage.name}: validation images", each=self.stop.check)
         self.preparation_seconds = time.perf_counter() - started
         progress.seconds += self.preparation_seconds
-        visited = self.data.visited() + len(self.validator.rows)
-        bad.expected = min(visited, WINDOW)
+        visited = self.data.visited()
+        bad.expected = min(len(visited) + len(self.validator.rows), WINDOW)
         if cached:
-            bad.note(unreadable, seen=visited)
+            bad.note(unreadable, seen=samples.see(visited) + held_out.see(self.validator.rows))
             bad.check()  # all processes know the same, so none has to wait for the others
 
         self.module = StageModule(
@@ -277,14 +279,17 @@ class StageRun:
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
-        with self._bar:
-            if len(self.data):
-                with warnings.catch_warnings():
-                    # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
-                    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-                    warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
+        try:
+            with self._bar, killed_is_said(), warnings.catch_warnings():
+                # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
+                warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+                warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
+                if len(self.data):
                     trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
-                self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
+                    self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
+        finally:
+            self.data.close()
+            self.validator.close()
         put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {stage.name}")
         self.vlm.eval()
         start = progress.stage_start

@@ -4,17 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from vpgtrans.errors import TrainingError
 from vpgtrans.recipe import Stage
 from vpgtrans.training.features import Unreadable
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.samples import Batch, Loaded, Samples
-from vpgtrans.training.workers import Loader
+from vpgtrans.training.workers import Loader, Work
+
+_STRETCH = 1 << 16
+"""Draws that are looked at together."""
 
 
-class _Planned(Dataset[Loaded]):
+class _Planned(Work[Loaded]):
     """Batches by number, each of given rows."""
 
     def __init__(self, samples: Samples, plan: Callable[[int], tuple[np.ndarray, np.ndarray | None]], length: int):
@@ -31,6 +34,9 @@ class _Planned(Dataset[Loaded]):
             raise IndexError(number)
         rows, positions = self.plan(number)
         return self.samples.load(rows.tolist(), positions=None if positions is None else positions.tolist())
+
+    def begin(self) -> None:
+        self.samples.reopen()
 
 
 class Updates(IterableDataset[Batch]):
@@ -58,6 +64,7 @@ class Updates(IterableDataset[Batch]):
         self.workers = workers
         self.pin = pin
         self.rank, self.world = 0, 1
+        self._loader: Loader[Loaded] | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -74,20 +81,32 @@ class Updates(IterableDataset[Batch]):
         return rows[own], positions[own]
 
     def __iter__(self) -> Iterator[Batch]:
-        planned = _Planned(self.samples, self._own, len(self))
-        for number, loaded in enumerate(Loader(planned, workers=self.workers, pin=self.pin)):
-            # Of several devices each counts what all of them see.
-            rows = self.rows(self.start + number)[0] if self.samples.bad.shared else self._own(number)[0]
-            yield self.samples.finish(loaded, seen=self.samples.see(rows))
+        self.close()
+        self._loader = Loader(_Planned(self.samples, self._own, len(self)), workers=self.workers, pin=self.pin)
+        try:
+            for number, loaded in enumerate(self._loader):
+                # Of several devices each counts what all of them see.
+                rows = self.rows(self.start + number)[0] if self.samples.bad.shared else self._own(number)[0]
+                yield self.samples.finish(loaded, seen=self.samples.see(rows))
+        finally:
+            self.close()
 
-    def visited(self) -> int:
-        """How many distinct samples the whole stage holds, also in its updates before `start`."""
+    def close(self) -> None:
+        """End the processes that load."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def visited(self) -> np.ndarray:
+        """The distinct samples that the whole stage holds, also in its updates before `start`, int64 [n]."""
         met = np.zeros(len(self.samples.mixture), dtype=bool)
-        for update in range(self.stop):
-            met[self.rows(update)[0]] = True
+        first = self.first_sample
+        last = first + self.stop * self.stage.batch_size
+        for start in range(first, last, _STRETCH):
+            met[self.samples.mixture.draws(self.seed, start, min(last, start + _STRETCH))] = True
             if met.all():
                 break
-        return int(met.sum())
+        return np.flatnonzero(met)
 
     def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
         """Fill the caches with all that these updates need, see `Samples.prepare`."""
@@ -95,7 +114,7 @@ class Updates(IterableDataset[Batch]):
             return []
         pairs = [self.rows(update) for update in range(self.start, self.stop)]
         rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
-        return self.samples.prepare(rows, title, positions=positions, each=each)
+        return self.samples.prepare(rows, title, positions=positions, each=each, workers=self.workers)
 
 
 class Validator:
@@ -106,7 +125,7 @@ class Validator:
         self.rows = list(rows)
         self.batch_size = batch_size
         self.workers = workers
-        self._loader: Loader | None = None
+        self._loader: Loader[Loaded] | None = None
 
     @torch.no_grad()
     def __call__(self, module: StageModule) -> float:
@@ -134,6 +153,16 @@ class Validator:
         if not all(weights[name] for name in counted):
             raise TrainingError("no validation sample is readable; quarantine.jsonl says why")
         return sum(sums[name] / weights[name] for name in counted)
+
+    def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
+        """Fill the caches with all validation samples, see `Samples.prepare`."""
+        return self.samples.prepare(self.rows, title, each=each, workers=self.workers)
+
+    def close(self) -> None:
+        """End the processes that load."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def _batches(self, module: StageModule) -> Iterator[Batch]:
         seen = self.samples.see(self.rows)

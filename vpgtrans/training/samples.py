@@ -28,7 +28,8 @@ class Batch:
 
     Attributes:
         ids: sample ids. texts: what they say. encoded: the same as token ids.
-        inputs: [n, …] pixels, patches or visual tokens of all their images in order, by the level of the frozen front.
+        inputs: [n, …] of all their images in order, by the level of the frozen front: resized images, patches or visual
+            tokens.
         skipped: ids of the samples that are left out, because they can't be read or by a rule; B may be 0.
     """
 
@@ -83,6 +84,19 @@ class BadSamples:
     """Several processes read a share each: `check` is called when they have exchanged what is bad."""
     earlier: dict[str, str] = field(default_factory=dict)
     """Those that a resumed run had listed before it stopped; they count again when they come up again."""
+    _met: dict[Mixture, np.ndarray] = field(default_factory=dict)
+
+    def see(self, mixture: Mixture, rows: Sequence[int] | np.ndarray) -> int:
+        """Mark samples as seen, in whatever stage; returns how many of them are new. `note` counts them."""
+        met = self._met.setdefault(mixture, np.zeros(len(mixture), dtype=bool))
+        some = np.unique(np.asarray(rows, dtype=np.int64))
+        new = int((~met[some]).sum())
+        met[some] = True
+        return new
+
+    @property
+    def left_out(self) -> int:
+        return len(self.bad) + len(self.dropped)
 
     @property
     def listed(self) -> dict[str, str]:
@@ -141,6 +155,9 @@ class View:
     def image(self, row: int) -> Image.Image:
         return augmented(self.source.image(row), self.config, self.number, row, background=self.background)
 
+    def reopen(self) -> None:
+        self.source.reopen()
+
 
 def augmented(
     image: Image.Image, config: AugmentConfig, view: int, row: int, *, background: Color, place: int = 0
@@ -152,16 +169,22 @@ def augmented(
 
 @dataclass
 class Loaded:
-    """A batch as a loading process hands it on: rows from caches, pixels of the other images."""
+    """A batch as a loading process hands it on: rows from caches, the other images resized."""
 
-    samples: list[tuple[Sample, Encoded]]
+    ids: list[str]
+    texts: list[Text]
+    encoded: list[Encoded]
     rows: Tensor
     """[m, …] of the images that are cached, in order."""
-    pixels: Tensor
-    """[n, 3, S, S] of the others, in order."""
+    levels: Tensor
+    """uint8 [n, 3, S, S] of the others, in order: what goes through shared memory is a quarter of their pixels."""
     cached: list[bool]
     """Of each image, whether it is among `rows`."""
     unreadable: list[Unreadable]
+
+    def pin_memory(self) -> "Loaded":
+        """torch's loader calls this where the batch goes to a GPU."""
+        return replace(self, rows=self.rows.pin_memory(), levels=self.levels.pin_memory())
 
 
 class Samples:
@@ -194,7 +217,6 @@ class Samples:
         self.seed = seed
         self.directory = directory
         self._caches: dict[tuple[int, int], FeatureCache] = {}
-        self._visited = np.zeros(len(mixture), dtype=bool)
 
     def prepare(
         self,
@@ -203,6 +225,7 @@ class Samples:
         *,
         positions: Sequence[int] | None = None,
         each: Callable[[], None] = lambda: None,
+        workers: int = 0,
     ) -> list[Unreadable]:
         """Fill the caches with what `fetch` of the same rows needs; `each` is called before every batch.
 
@@ -214,17 +237,20 @@ class Samples:
                 self._cache(source, view)
                 wanted.setdefault((self.mixture.sources.index(source), view), []).append(index)
         for key, indices in sorted(wanted.items(), key=lambda item: item[0][1]):
-            self._caches[key].ensure(indices, title=f"{title}, view {key[1]}" if key[1] else title, each=each)
+            named = f"{title}, view {key[1]}" if key[1] else title
+            self._caches[key].ensure(indices, title=named, each=each, workers=workers)
         return [
             entry for key, indices in wanted.items() for entry in self._caches[key].unreadable(sorted(set(indices)))
         ]
 
     def see(self, rows: Sequence[int] | np.ndarray) -> int:
         """Mark rows as seen; returns how many of them are new."""
-        some = np.unique(np.asarray(rows, dtype=np.int64))
-        new = int((~self._visited[some]).sum())
-        self._visited[some] = True
-        return new
+        return self.bad.see(self.mixture, rows)
+
+    def reopen(self) -> None:
+        """In a process that was forked: let go of open files and connections, which two must not share."""
+        for source in self.mixture.sources:
+            source.reopen()
 
     def fetch(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Batch:
         """The readable ones of the given rows; there may be none.
@@ -239,10 +265,12 @@ class Samples:
 
     def load(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Loaded:
         """Everything that needs no model."""
-        samples: list[tuple[Sample, Encoded]] = []
+        ids: list[str] = []
+        texts: list[Text] = []
+        encodings: list[Encoded] = []
         cached: list[bool] = []
         stored: list[Tensor] = []
-        pixels: list[Tensor] = []
+        levels: list[Tensor] = []
         unreadable: list[Unreadable] = []
         for source, row, view in self._places(rows, positions):
             try:
@@ -253,13 +281,17 @@ class Samples:
                 unreadable.append(Unreadable(source.id(row), str(error), dropped=isinstance(error, Dropped)))
                 continue
             stored += found
-            pixels += new
+            levels += new
             cached += [True] * len(found) + [False] * len(new)
-            samples.append((sample, encoded))
+            ids.append(sample.id)
+            texts.append(sample.text)
+            encodings.append(encoded)
         return Loaded(
-            samples,
+            ids,
+            texts,
+            encodings,
             torch.stack(stored) if stored else torch.empty(0),
-            torch.stack(pixels) if pixels else torch.empty(0),
+            torch.stack(levels) if levels else torch.empty(0),
             cached,
             unreadable,
         )
@@ -272,8 +304,8 @@ class Samples:
         """
         self.bad.note(loaded.unreadable, seen=seen)
         inputs = loaded.rows
-        if len(loaded.pixels):
-            new = self.front.of_pixels(loaded.pixels)
+        if len(loaded.levels):
+            new = self.front.of_levels(loaded.levels)
             if len(inputs):
                 order = torch.tensor(loaded.cached)
                 both = new.new_empty((len(order), *new.shape[1:]))
@@ -282,9 +314,9 @@ class Samples:
             else:
                 inputs = new
         return Batch(
-            [sample.id for sample, _ in loaded.samples],
-            [sample.text for sample, _ in loaded.samples],
-            [encoded for _, encoded in loaded.samples],
+            loaded.ids,
+            loaded.texts,
+            loaded.encoded,
             inputs,
             skipped=[entry.id for entry in loaded.unreadable],
         )
@@ -292,7 +324,7 @@ class Samples:
     def _images(
         self, source: Source, sample: Sample, row: int, view: int, *, count: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the first `count` images of a sample the cached rows, or the pixels."""
+        """Of the first `count` images of a sample the cached rows, or the resized images."""
         if not count:
             return [], []
         if self._is_cached(source) and len(sample.images) == 1:
@@ -306,7 +338,7 @@ class Samples:
                 augmented(image, self.augment, view, row, background=self._background, place=place)
                 for place, image in enumerate(images)
             ]
-        return [], [self.front.vpg.transform(image) for image in images]
+        return [], [self.front.vpg.transform.levels(image) for image in images]
 
     def _places(self, rows: Sequence[int], positions: Sequence[int] | None) -> Iterator[tuple[Source, int, int]]:
         """Source, row in it, and number of the view (0: the image as it is) of each row of the mixture."""

@@ -1,17 +1,23 @@
 """Processes that read, decode and tokenise while the model computes."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vpgtrans.errors import TrainingError
 
 AHEAD = 4
 """Batches that each process prepares beforehand."""
+
+T = TypeVar("T")
 
 
 def default_workers(device: torch.device, *, processes: int = 1) -> int:
@@ -21,10 +27,24 @@ def default_workers(device: torch.device, *, processes: int = 1) -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // processes))
 
 
-class Loader:
-    """The items of a dataset in order, made by processes that stay until the next iteration; by this one if 0."""
+class Work(Dataset[T], ABC, Generic[T]):
+    """Items by number that loading processes can make."""
 
-    def __init__(self, dataset: Dataset[Any], *, workers: int, pin: bool = False):
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> T:
+        """IndexError past the end."""
+
+    def begin(self) -> None:
+        """Called first in every loading process, which is a copy of this one: let go of what two must not share."""
+
+
+class Loader(Generic[T]):
+    """The items of a work in order, made by processes that stay until `close`; by this one if there are none."""
+
+    def __init__(self, work: Work[T], *, workers: int, pin: bool = False):
         """pin: hand tensors on in pinned memory, from which a GPU copies while it computes."""
         several: dict[str, Any] = {}
         if workers:
@@ -37,16 +57,50 @@ class Loader:
                 "multiprocessing_context": fork,
                 "worker_init_fn": _begin,
             }
-        self._loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **several)
+        self._loader: DataLoader[T] | None = DataLoader(
+            work, batch_size=None, shuffle=False, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **several
+        )
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+    def __iter__(self) -> Iterator[T]:
+        """
+        Raises:
+            TrainingError: a process was killed, for instance because memory ran out.
+        """
+        assert self._loader is not None, "it is closed"
+        with killed_is_said():
+            yield from self._loader
 
-    def __len__(self) -> int:
-        return len(self._loader)
+    def close(self) -> None:
+        """End the processes; what they have made is lost."""
+        self._loader = None
+
+
+@contextlib.contextmanager
+def killed_is_said() -> Iterator[None]:
+    """Within the block a loading process that is killed is a TrainingError.
+
+    torch notices by a signal, so its own error comes up wherever this process is: around training, too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that loads data was killed ({str(error).splitlines()[0].strip()}); if memory is short, right "
+            "would be fewer data.workers or a smaller batch_size"
+        ) from error
+
+
+def _as_it_is(item: T) -> T:
+    return item
 
 
 def _begin(_: int) -> None:
     # Ctrl-C reaches every process of a terminal; the first one writes a checkpoint and then ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, Work)
+    info.dataset.begin()
