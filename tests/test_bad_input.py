@@ -337,7 +337,7 @@ def other_columns(path: Path) -> Path:
     ("make", "saying"),
     [
         (empty_table, ("captions.parquet", "no samples")),
-        (no_captions, ("captions.parquet", "no samples", "without a caption: 2")),
+        (no_captions, ("captions.parquet, row 1: no caption", "none of the first 2 rows is a sample")),
         (no_bytes, ("captions.parquet", "empty")),
         (other_columns, ("captions.parquet", "no column 'image'", "picture, text")),
         (lambda path: path, ("captions.parquet", "no file or directory")),

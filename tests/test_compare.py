@@ -38,10 +38,10 @@ def without_prompt(recipe: Recipe) -> Recipe:
 def compared(tiny: Tiny) -> tuple[Recipe, Path, dict[str, list[list[str]]]]:
     """A comparison, and the sample ids of every training batch of each of its arms."""
     batches: dict[str, list[list[str]]] = {}
-    fetch = Samples.fetch
+    finish = Samples.finish
 
-    def record(self: Samples, rows: Any, **options: Any) -> Any:
-        batch = fetch(self, rows, **options)
+    def record(self: Samples, loaded: Any, **options: Any) -> Any:
+        batch = finish(self, loaded, **options)
         if len(self.mixture) == 24:  # training, not validation
             batches.setdefault(current[-1], []).append(batch.ids)
         return batch
@@ -56,7 +56,7 @@ def compared(tiny: Tiny) -> tuple[Recipe, Path, dict[str, list[list[str]]]]:
 
     recipe = tiny.transfer_recipe(compare={"seeds": 2})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Samples, "fetch", record)
+        patch.setattr(Samples, "finish", record)
         patch.setattr(module, "arm_recipe", note)
         runs.compare(recipe, output=tiny.root / "compared", device="cpu")
     return recipe, tiny.root / "compared", batches

@@ -149,7 +149,7 @@ seed: 1.5
         (3, "target.llm", "is 3", "text"),
         (3, "target", "unknown key trust_remote_cod (did you mean trust_remote_code?)", "llm, projector"),
         (4, "initialiser.kind", "'autoo' (did you mean auto?)", "one of auto, random, inherit"),
-        (6, "data.train.0", "unknown key weigth (did you mean weight?)", "dataset, split, weight"),
+        (6, "data.train.0", "unknown key weigth (did you mean weight?)", "dataset, format, split, weight"),
         (7, "data.validation", "at least 1", "a list"),
         (9, "stages.0.trainable", "trains nothing", "full or lora"),
         (9, "stages.0.budget.samples", "the text '4'", "a whole number above 0"),

@@ -21,6 +21,8 @@ IMAGE = "<image>"
 """What stands for an image in a text."""
 VISUAL = -1
 """What stands for a visual token among token ids."""
+_REMEMBERED = 1000
+"""Texts whose ids are kept: the words of a template come with every sample."""
 _ANCHORS = ("\n", ":", "0")
 """What a text may stand behind to be tokenised as the middle of another; the first that does not merge with it."""
 # Private-use characters, which no template touches, mark places in a rendered conversation.
@@ -102,6 +104,7 @@ class Prompter:
             )
         limits = [tokens for tokens in (config.max_tokens, limit) if tokens is not None]
         self.max_tokens = min(limits) if limits else None
+        self._known: dict[str, list[int]] = {}
 
     def encode(self, text: Text) -> Encoded:
         """Token ids of a conversation, at most `max_tokens`.
@@ -291,7 +294,13 @@ class Prompter:
         return frozenset(added) | frozenset(self.tokenizer.all_special_ids)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if not text:
+            return []
+        if text not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._known[text]
 
     def _later_ids(self, text: str) -> list[int]:
         """Ids of a text that stands behind something: without the space that SentencePiece puts before a first word."""

@@ -1,6 +1,7 @@
 """Processes that read, decode and tokenise while the model computes."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,16 @@ from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vpgtrans.errors import TrainingError
 
 AHEAD = 4
 """Batches that each process prepares beforehand."""
+
+_BLOCKS = 4
+"""Free blocks of memory that Pillow keeps, of 16 MiB at most each."""
 
 T = TypeVar("T")
 
@@ -100,6 +105,9 @@ def _begin(_: int) -> None:
     # Ctrl-C reaches every process of a terminal; the first one writes a checkpoint and then ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what was there before need not be looked through again, and stays in shared pages
+    # Memory of decoded images is used again (PILLOW_BLOCKS_MAX sets the same): new pages cost a tenth of a decoding.
+    Image.core.set_blocks_max(max(_BLOCKS, Image.core.get_blocks_max()))
     info = get_worker_info()
     assert info is not None
     assert isinstance(info.dataset, Work)

@@ -120,7 +120,12 @@ class ImageTransform:
     def scaled(self, levels: Tensor) -> Tensor:
         """Levels [..., 3, size, size] as pixels, on the device that they are on."""
         mean, std = self._mean.to(levels.device), self._std.to(levels.device)
-        return levels.float().div_(255).sub_(mean).div_(std)
+        pixels = torch.empty(levels.shape, dtype=torch.float32, device=levels.device)
+        # On a CPU image by image: each stays in the cache for its four passes, a batch would not.
+        pieces = zip(pixels, levels, strict=True) if levels.ndim == 4 and not levels.is_cuda else [(pixels, levels)]
+        for piece, level in pieces:
+            piece.copy_(level).div_(255).sub_(mean).div_(std)
+        return pixels
 
     def batch(self, images: list[Image.Image]) -> Tensor:
         """Pixels [B, 3, size, size]."""
