@@ -1,6 +1,7 @@
 """Images on their way into training: unreadable ones, the frozen front and its cache."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ def test_unreadable_images_are_skipped_and_listed(root, tmp_path, cached):
     assert (result.updates, result.samples) == (7, 28)
     listed = lines(tmp_path / "quarantine.jsonl")
     assert sorted(line["id"] for line in listed) == ["s0-02", "s0-05"]
+    counts = json.loads((tmp_path / "data.json").read_text())
+    assert counts == {"seen": 19, "used": 17, "quarantined": 2, "dropped": 0, "rules": {}}
     assert all("not a readable image" in line["reason"] for line in listed)
     pictures = Pictures(14)
     vlm = build_vlm(root)

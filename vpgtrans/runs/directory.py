@@ -22,8 +22,8 @@ _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets
 class RunDirectory:
     """The directory of one run.
 
-    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  trainable.json  lineage.json  quarantine.jsonl
-    samples.json  summary.json  report.html  checkpoints/  vlm/
+    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  start.json  trainable.json  lineage.json
+    data.json  quarantine.jsonl  samples.json  summary.json  report.html  checkpoints/  vlm/
     """
 
     def __init__(self, path: Path):

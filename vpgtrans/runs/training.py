@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -51,7 +52,7 @@ def run_stages(
 ) -> list[StageResult]:
     """Train through all stages; the VLM is left at the best validation of the last one.
 
-    Writes metrics.jsonl, trainable.json, quarantine.jsonl and checkpoints into `run`.
+    Writes metrics.jsonl, trainable.json, data.json, quarantine.jsonl and checkpoints into `run`.
 
     Args:
         initial_seconds: what came before on the bill (converter, probe). clock: of the run; it is set to go on from an
@@ -118,7 +119,7 @@ def run_stages(
                 raise Interrupted(stop.signum or signal.SIGINT, str(run.path)) from None
             finally:
                 if first:
-                    _write_skipped(run, bad)
+                    _write_counts(run, bad)
             progress.finished.append(asdict(result))
             progress.stage, progress.update = index + 1, 0
             if checkpoints is not None and index + 1 < len(recipe.stages):
@@ -127,7 +128,19 @@ def run_stages(
     return [StageResult(**values) for values in progress.finished]
 
 
-def _write_skipped(run: RunDirectory, bad: BadSamples) -> None:
+def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
+    """quarantine.jsonl, if anything is bad, and data.json: distinct samples that this session saw, and what became of
+    them."""
+    counts = {
+        "seen": bad.seen,
+        "used": bad.seen - bad.left_out,
+        "quarantined": len(bad.bad),
+        "dropped": len(bad.dropped),
+        "rules": dict(Counter(reason.rpartition(": ")[2] for reason in bad.dropped.values())),
+    }
+    run.write("data.json", counts)
+    if bad.left_out:
+        _LOGGER.info("samples: %(seen)d seen, %(used)d used, %(quarantined)d bad, %(dropped)d left out by rule", counts)
     if bad.listed:
         lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in bad.listed.items()]
         (run.path / "quarantine.jsonl").write_text("".join(lines))
