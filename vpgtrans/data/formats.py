@@ -16,14 +16,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.openmoji import build_openmoji
 from vpgtrans.data.openmoji_names import SPLITS
 from vpgtrans.data.pairs import open_coco, open_gqa, open_vqa
 from vpgtrans.data.rows import ArrayRows, LineRows, Rows
-from vpgtrans.data.tables import ArrowRows, open_parquet, open_table, quiet_datasets
+from vpgtrans.data.tables import ArrowRows, open_delimited, open_parquet, quiet_datasets
 from vpgtrans.errors import DataError
 
 
@@ -110,18 +109,12 @@ def _json(path: Path) -> Rows:
     return ArrayRows(path) if first == b"[" else LineRows(path)
 
 
-def _delimited(delimiter: str) -> Callable[[Path], Rows]:
-    # As they are written: "007" and "NA" are texts.
-    options: dict[str, Any] = {"delimiter": delimiter, "dtype": str, "keep_default_na": False}
-    return lambda path: open_table("csv", [path], str(path), **options)
-
-
 _TABLES: dict[str, Callable[[Path], Rows]] = {
     ".parquet": lambda path: open_parquet([path], str(path)),
     ".jsonl": LineRows,
     ".json": _json,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
+    ".csv": lambda path: open_delimited(path, ","),
+    ".tsv": lambda path: open_delimited(path, "\t"),
 }
 
 

@@ -1,6 +1,7 @@
 """Tables: parquet read in place, row group by row group; CSV and TSV, and what `datasets` holds, as mapped Arrow."""
 
 import contextlib
+import csv
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -146,6 +147,28 @@ def open_parquet(files: Sequence[Path], name: str) -> Rows:
             raise DataError(f"{file}: the file is empty")
     rows = ParquetRows(files, name)
     return rows if rows.largest <= GROUP_LIMIT else open_table("parquet", files, name)
+
+
+def open_delimited(file: Path, delimiter: str) -> ArrowRows:
+    """CSV or TSV with a header, cells as they are written: "007" and "NA" are texts.
+
+    Raises:
+        DataError: unreadable, empty, or with more cells in a row than in the header.
+    """
+    from datasets import Features, Value
+
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            lines = filter(None, csv.reader(stream, delimiter=delimiter))  # blank lines are no rows
+            head, first = next(lines, []), next(lines, [])
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{file}: not readable as csv: {error}") from error
+    if not first:
+        raise DataError(f"{file}: no samples (it has no rows)")
+    if len(first) > len(head):  # of later rows the reader itself says so; of the first it takes a cell for its name
+        raise DataError(f"{file}: not readable as csv: {len(first)} cells in the first row, {len(head)} in the header")
+    features = Features({name: Value("string") for name in head})
+    return open_table("csv", [file], str(file), delimiter=delimiter, features=features, keep_default_na=False)
 
 
 def open_table(kind: str, files: Sequence[Path], name: str, **options: Any) -> ArrowRows:
