@@ -589,7 +589,7 @@ def test_empty_sets_and_wrong_files(tmp_path: Path):
     for name, message in [
         ("a.parquet", "no samples"),
         ("empty.jsonl", "the file is empty"),
-        ("empty.csv", "the file is empty"),
+        ("empty.csv", "no samples"),
         ("empty.parquet", "the file is empty"),
         ("blank.jsonl", "no samples"),
         ("none.json", "no samples"),
