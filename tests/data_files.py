@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import strategies as st
 from PIL import Image
 
 from vpgtrans.data.config import DataSource
@@ -107,3 +108,26 @@ def check_squares(source: Source) -> None:
     for row, color in enumerate(COLORS):
         assert source.image(row).convert("RGB").getpixel((0, 0)) == color
     assert counts(source) == (COUNT, 0, 0)
+
+
+insertions = st.sampled_from([b'"', b"[", b"]", b"{", b"}", b"\\", b",", b"x", b"{}", b"\n", b"\0", b"\xff"])
+damages = st.lists(
+    st.tuples(st.integers(0, 10**6), st.one_of(insertions, st.integers(0, 7), st.sampled_from(["delete", "cut"]))),
+    min_size=1, max_size=3,
+)  # fmt: skip
+"""What to do to a file, and where: insert bytes, flip a bit, delete some bytes, cut all that follows."""
+
+
+def damaged(content: bytes, damage: list[tuple[int, Any]]) -> bytes:
+    changed = bytearray(content)
+    for place, how in damage:
+        place %= len(changed) + 1
+        if isinstance(how, bytes):
+            changed[place:place] = how
+        elif how == "cut":
+            del changed[place:]
+        elif how == "delete":
+            del changed[place : place + 3]
+        elif place < len(changed):
+            changed[place] ^= 1 << how
+    return bytes(changed)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import damaged, damages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,11 +26,6 @@ values = st.recursive(
 records = st.dictionaries(texts, values, max_size=3)
 stretches = st.integers(1, 40)
 ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\r\n"])
-insertions = st.sampled_from([b'"', b"[", b"]", b"{", b"}", b"\\", b",", b"x", b"{}", b"\n"])
-damages = st.lists(
-    st.tuples(st.integers(0, 10**6), st.one_of(insertions, st.integers(0, 7), st.just("delete"), st.just("cut"))),
-    min_size=1, max_size=3,
-)  # fmt: skip
 
 
 def read_all(rows: Rows) -> list[dict[str, Any]]:
@@ -39,21 +35,6 @@ def read_all(rows: Rows) -> list[dict[str, Any]]:
 def write(path: Path, content: bytes | str) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def damaged(content: bytes, damage: list[tuple[int, Any]]) -> bytes:
-    changed = bytearray(content)
-    for place, how in damage:
-        place %= len(changed) + 1
-        if isinstance(how, bytes):
-            changed[place:place] = how
-        elif how == "cut":
-            del changed[place:]
-        elif how == "delete":
-            del changed[place : place + 3]
-        elif place < len(changed):
-            changed[place] ^= 1 << how
-    return bytes(changed)
 
 
 # --- arrays -------------------------------------------------------------------------------------
