@@ -193,8 +193,10 @@ def print_histogram(bars: Sequence[Mapping[str, Any]], *, title: str, width: int
 def print_pieces(pieces: Sequence[Mapping[str, Any]]) -> None:
     """A sample as the LLM sees it. What the loss counts stands in 【 】 and, on a terminal, out in colour."""
     for piece in pieces:
-        text = f"【{piece['text']}】" if piece["learnt"] else piece["text"]
-        click.secho(text, nl=False, fg="green" if piece["learnt"] else None, bold=piece["learnt"], dim=piece["visual"])
+        if piece["learnt"]:
+            click.secho(f"【{piece['text']}】", nl=False, fg="green", bold=True)
+        else:
+            click.secho(piece["text"], nl=False, dim=piece["visual"] or None)
     click.echo()
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from vpgtrans import __version__
 from vpgtrans.data.stats import Shown
 from vpgtrans.report import format as fmt
-from vpgtrans.report.html import Cell, Head, Table, sentence, write_page
+from vpgtrans.report.html import Cell, Head, Table, write_page
 from vpgtrans.report.plots import histogram_chart
 from vpgtrans.vision.preprocess import thumbnail
 
@@ -40,7 +40,8 @@ def write_data_report(target: Path, found: dict[str, Any], shown: Sequence[Shown
         lead=[_measured(train["mixture"])],
         key_figures=_key_figures(train["mixture"]),
         version=__version__,
-        parts=[("Training", _parts(train)), ("Validation", _parts(validation))],
+        train=_part(train),
+        validation=_part(validation),
         charts=_charts(train["histograms"]),
         padding=_padding(found["padding"]),
         samples=[_sample(entry) for entry in shown],
@@ -58,10 +59,10 @@ def _headline(found: dict[str, Any]) -> str:
 
 def _measured(mixture: dict[str, Any]) -> str:
     if mixture["measured"] == "all":
-        return "Every row was measured. Images were not decoded: sizes are their headers'."
+        return "Every row was measured. Images were not decoded: their sizes come from their headers."
     return (
         f"A sample: {fmt.count(mixture['seen'])} of {fmt.count(mixture['rows'])} rows were measured, and figures are "
-        "estimates from them. Images were not decoded: sizes are their headers'."
+        "estimates from them. Images were not decoded: their sizes come from their headers."
     )
 
 
@@ -73,16 +74,15 @@ def _key_figures(mixture: dict[str, Any]) -> list[tuple[str, str]]:
     for name, what in (("length", "tokens a sample"), ("answer", "of them learnt")):
         if mixture["tokens"][name] is not None:
             rows.append((what, fmt.count(mixture["tokens"][name]["mean"])))
-    rows.append(("of rows bad", fmt.percent(mixture["bad"] / seen)))
-    rows.append(("of rows truncated", fmt.percent(sum(mixture["truncated"].values()) / seen)))
+    rows.append(("of rows left out", fmt.percent((mixture["bad"] + mixture["dropped"]) / seen)))
     return rows
 
 
-def _parts(part: dict[str, Any]) -> dict[str, Any]:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
     rows = [*part["sources"], {"source": "all", **part["mixture"]}] if len(part["sources"]) > 1 else part["sources"]
     return {
         "counts": _counts(rows, several=len(part["sources"]) > 1),
-        "lengths": _lengths(rows),
+        "lengths": [_lengths(row) for row in rows],
         "left_out": [
             *((row["source"], f"{fmt.count(count)} dropped: {rule}") for row in part["sources"]
               for rule, count in row["rules"].items()),
@@ -112,20 +112,16 @@ def _counts(rows: Sequence[dict[str, Any]], *, several: bool) -> Table:
     return table
 
 
-def _lengths(rows: Sequence[dict[str, Any]]) -> Table:
+def _lengths(row: dict[str, Any]) -> Table:
     table = Table(
-        "Tokens a sample and pixels an image",
-        [Head("Source", numeric=False), Head("Of", numeric=False),
-         *map(Head, ("Mean", "Smallest", "Median", "95th percentile", "Largest"))],
-        cards=True,
-        dense=True,
-    )  # fmt: skip
-    for row in rows:
-        measured = {f"tokens, {name}": row["tokens"][key] for key, name in _TOKENS.items()}
-        for what, figures in (measured | {"pixels, width": row["width"], "pixels, height": row["height"]}).items():
-            if figures is not None:
-                values = [fmt.count(figures[key]) for key in ("min", "median", "p95", "max")]
-                table.add(str(row["source"]), what, fmt.decimal(figures["mean"], 1), *values)
+        f"{row['source']}: tokens a sample, pixels an image",
+        [Head("Of", numeric=False), *map(Head, ("Mean", "Min", "Median", "95 %", "Max"))],
+    )
+    measured = {f"tokens, {name}": row["tokens"][key] for key, name in _TOKENS.items()}
+    for what, figures in (measured | {"width": row["width"], "height": row["height"]}).items():
+        if figures is not None:
+            values = [fmt.count(figures[key]) for key in ("min", "median", "p95", "max")]
+            table.add(what, fmt.decimal(figures["mean"], 1), *values)
     return table
 
 
@@ -157,11 +153,11 @@ def _padding(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _sample(shown: Shown) -> dict[str, Any]:
     encoded = shown.encoded
-    facts = [f"{fmt.count(len(encoded))} tokens", f"{fmt.count(encoded.answers)} learnt"]
+    images = shown.source.open(shown.sample)[: encoded.images]
+    facts = f"{fmt.count(len(encoded))} tokens, {fmt.count(encoded.answers)} learnt"
     return {
-        "source": shown.source.name,
         "id": shown.sample.id,
-        "images": [f"data:image/png;base64,{thumbnail(image, side=240)}" for image in shown.source.open(shown.sample)],
-        "facts": sentence(facts) + (f"; {_CUT[encoded.cut]}" if encoded.cut else ""),
+        "images": [f"data:image/png;base64,{thumbnail(image, side=240)}" for image in images],
+        "facts": f"{facts}; {_CUT[encoded.cut]}" if encoded.cut else facts,
         "pieces": shown.pieces,
     }

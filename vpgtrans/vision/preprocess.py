@@ -59,7 +59,8 @@ def image_size(source: str | Path | bytes) -> tuple[int, int]:
     """
     with _readable(source), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
         width, height = opened.size
-        turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # The PNG class's own `getexif` decodes, in search of a chunk behind the pixels.
+        turned = Image.Image.getexif(opened).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
 
 
