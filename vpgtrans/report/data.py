@@ -45,7 +45,7 @@ def write_data_report(target: Path, found: dict[str, Any], shown: Sequence[Shown
         charts=_charts(train["histograms"]),
         padding=_padding(found["padding"]),
         samples=[_sample(entry) for entry in shown],
-        prompt=[(key.replace("_", " "), fmt.plain(value)) for key, value in found["prompt"].items()],
+        prompt=[(key.replace("_", " "), fmt.plain(value).replace("\n", "↵")) for key, value in found["prompt"].items()],
     )
 
 

@@ -384,7 +384,7 @@ def _crossings(axes: Axes, arms: Sequence[Arm], styles: dict[str, dict], *, wide
 def _histogram_figure(bars: Sequence[Mapping[str, float]], *, unit: str) -> Figure:
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(440 / 72, 210 / 72))
-        figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.26)
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.26)
         axes = figure.subplots()
         places = range(len(bars))
         axes.bar(places, [bar["share"] for bar in bars], width=0.9, color=LIGHT["accent"])
