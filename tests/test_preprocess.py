@@ -19,7 +19,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from vpgtrans.config import EncoderConfig, ImageConfig
 from vpgtrans.errors import DataError, TransferError
-from vpgtrans.vision.preprocess import ImageTransform, image_config_from, open_image, to_rgb
+from vpgtrans.vision import preprocess
+from vpgtrans.vision.preprocess import MAX_PIXELS, ImageTransform, image_config_from, open_image, to_rgb
 
 PROCESSORS = {
     "blip": (BlipImageProcessorPil, {"size": {"height": 40, "width": 40}}),
@@ -188,9 +189,45 @@ def test_what_is_no_image_is_a_data_error(tmp_path, monkeypatch):
     for source in (tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "absent.png", tmp_path, b"", good[:40]):
         with pytest.raises(DataError, match="not a readable image"):
             open_image(source)
+    assert 2 * Image.MAX_IMAGE_PIXELS == MAX_PIXELS  # Pillow refuses no less than we say
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 64 * 64)
+    assert open_image(good).size == (64, 64)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(DataError, match=r"refused \(64 x 64 pixels; at most 4,095"):
+        open_image(good)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="refused"):
         open_image(good)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    opened = open_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert opened.size == (6, 4)
+    assert to_rgb(opened).getpixel((1, 1)) == (250, 0, 0)
+    levels = ImageTransform(ImageConfig(size=4)).levels(opened)  # the file is closed by now
+    assert levels[:, 0, 0].tolist() == [250, 0, 0]
+
+
+def test_a_jpeg_that_ends_early_is_a_data_error():
+    good = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+    for size in (20, len(good) // 2, len(good) - 40):
+        with pytest.raises(DataError, match="not a readable image"):
+            open_image(good[:size])
+
+
+def test_levels_are_pixels_before_the_arithmetic():
+    transform = ImageTransform(ImageConfig(size=5, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    levels = transform.levels(image)
+    assert levels.dtype == torch.uint8
+    assert torch.equal(levels, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    mean, std = torch.tensor([[[0.1]], [[0.2]], [[0.3]]]), torch.tensor([[[0.5]], [[0.6]], [[0.7]]])
+    expected = (levels.float() / 255 - mean) / std
+    assert torch.equal(transform(image), expected)
+    assert torch.equal(transform.scaled(torch.stack([levels, levels])), torch.stack([expected, expected]))
 
 
 @settings(max_examples=60, deadline=None)

@@ -121,21 +121,27 @@ def process(root: Path, run: Path, recipe: Recipe, *options: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize(("name", "stage", "update"), [("SIGKILL", "finetune", 3), ("SIGTERM", "warmup", 2)])
-def test_a_killed_process_resumes_to_the_same_result(root, whole, tmp_path, name, stage, update):
-    done = process(root, tmp_path, make_recipe(), "--signal", stage, str(update), name)
+@pytest.mark.parametrize(
+    ("name", "stage", "update", "workers"),
+    [("SIGKILL", "finetune", 3, 0), ("SIGTERM", "warmup", 2, 0), ("SIGINT", "warmup", 2, 2)],
+)
+def test_a_killed_process_resumes_to_the_same_result(root, whole, tmp_path, name, stage, update, workers):
+    """Also where others load its data: they end, too (or the pipes that they share would stay open)."""
+    entry = [{"dataset": "unused"}]
+    recipe = make_recipe(data={"train": entry, "validation": entry, "workers": workers})
+    done = process(root, tmp_path, recipe, "--signal", stage, str(update), name)
     if name == "SIGKILL":
         assert done.returncode == -signal.SIGKILL, done.stderr
         # killed in update 4, and validated and saved after every second one
         assert Checkpoints(tmp_path / "checkpoints").load().progress.update == 2
     else:
-        assert done.returncode == 143, done.stderr
-        assert "SIGTERM" in done.stderr
+        assert done.returncode == {"SIGTERM": 143, "SIGINT": 130}[name], done.stderr
+        assert name in done.stderr
         assert "--resume" in done.stderr
         assert Checkpoints(tmp_path / "checkpoints").load().progress.update == update + 1
     assert not (tmp_path / "final0.safetensors").exists()
     vlm = build_vlm(root)
-    results = train(vlm, make_recipe(), tmp_path, resume=True)
+    results = train(vlm, recipe, tmp_path, resume=True)
     assert_same(vlm, tmp_path, results, whole)
 
 

@@ -1,6 +1,7 @@
 """Rows of a data set that is read over the network as the run goes on, never as a whole."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from vpgtrans.data.rows import Rows
 from vpgtrans.data.tables import undecoded
 from vpgtrans.errors import DataError
 
+_TOGETHER = 100
+"""Rows that `datasets` hands over at once."""
 STRETCH = 1000
 """Rows that are fetched, and shuffled, together."""
 
@@ -81,14 +84,14 @@ class StreamRows(Rows):
     def _fetch(self, place: int) -> None:
         start = place * STRETCH
         if self._iterator is None or self._next > start:
-            self._iterator, self._next = iter(self._table.skip(start)), start
+            self._iterator, self._next = _records(self._table.skip(start)), start
         found: list[dict[str, Any]] = []
         while self._next < min(start + STRETCH, self._count):
             try:
                 record = next(self._iterator, None)
             except Exception as error:  # of the network, or of a format that is read over it
                 self._iterator = None
-                raise DataError(f"{self.where(self._next)}: {error or type(error).__name__}") from error
+                raise DataError(f"{self.name}, from row {self._next} on: {error or type(error).__name__}") from error
             if record is None:
                 break
             if self._next >= start:
@@ -97,3 +100,10 @@ class StreamRows(Rows):
         self._stretches[place] = found
         while len(self._stretches) > 2:
             self._stretches.popitem(last=False)
+
+
+def _records(table: Any) -> Iterator[dict[str, Any]]:
+    """All of them, in every process: iterated row by row, `datasets` would hand each loading process a part alone."""
+    for columns in table.iter(_TOGETHER):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))

@@ -127,9 +127,8 @@ class ParquetRows(Rows):
             if number not in self._open:
                 if len(self._open) > 64:
                     self._open.clear()
-                self._open[number] = pq.ParquetFile(
-                    self.files[number], memory_map=True, page_checksum_verification=True
-                )
+                # Not mapped: pages that were read would count as memory, and grow to the size of the file.
+                self._open[number] = pq.ParquetFile(self.files[number], page_checksum_verification=True)
             table = self._open[number].read_row_group(group, use_threads=False)
             if table.num_rows != self._starts[place + 1] - self._starts[place]:
                 raise ValueError(f"row group {group} has {table.num_rows} rows, not as many as it states")

@@ -38,6 +38,7 @@ def write_data_report(target: Path, found: dict[str, Any], shown: Sequence[Shown
         title=f"{found['recipe']}: data · vpgtrans",
         headline=_headline(found),
         lead=[_measured(train["mixture"])],
+        measured="",
         key_figures=_key_figures(train["mixture"]),
         version=__version__,
         train=_part(train),

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vpgtrans.errors import TrainingError
 
@@ -62,7 +63,8 @@ class Loader(Generic[T]):
                 "multiprocessing_context": fork,
                 "worker_init_fn": _begin,
             }
-        self._loader: DataLoader[T] | None = DataLoader(
+        self._running: Iterator[T] | None = None
+        self._loader: DataLoader[T] = DataLoader(
             work, batch_size=None, shuffle=False, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, **several
         )
 
@@ -71,13 +73,22 @@ class Loader(Generic[T]):
         Raises:
             TrainingError: a process was killed, for instance because memory ran out.
         """
-        assert self._loader is not None, "it is closed"
         with killed_is_said():
-            yield from self._loader
+            self._running = iter(self._loader)
+            while self._running is not None:
+                try:
+                    item = next(self._running)
+                except StopIteration:
+                    return
+                yield item
 
     def close(self) -> None:
         """End the processes; what they have made is lost."""
-        self._loader = None
+        # Said, not left to the last reference: a traceback may hold one.
+        if isinstance(self._running, _MultiProcessingDataLoaderIter):
+            self._running._shutdown_workers()
+            self._loader._iterator = None  # what persists
+        self._running = None
 
 
 @contextlib.contextmanager

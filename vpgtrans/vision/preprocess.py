@@ -30,6 +30,9 @@ RESAMPLING = {
 MAX_ASPECT = 16
 """A `crop` cuts longer images to this ratio first: a 1 x 30,000 strip would otherwise be resized to 4 GB."""
 
+MAX_PIXELS = 2 * 89_478_485
+"""An image with more is not decoded: a small file may unpack to gigabytes. (Pillow's own limit, stated here.)"""
+
 Color = tuple[int, int, int]
 
 
@@ -46,6 +49,9 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         if isinstance(source, Image.Image):
             return _to_8_bit(ImageOps.exif_transpose(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                size = f"{opened.width} x {opened.height} pixels; at most {MAX_PIXELS:,} are decoded"
+                raise Image.DecompressionBombError(size)
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)  # it would copy every image otherwise
             return _to_8_bit(opened)
