@@ -459,6 +459,20 @@ def test_whole_exchanges_are_dropped_first_then_the_first_answers_end(
     assert (encoded.ids == VISUAL).sum() == VISUAL_TOKENS * encoded.images
 
 
+@pytest.mark.parametrize("family", [None, *FAMILIES])
+def test_as_many_exchanges_are_kept_as_fit(family: str | None) -> None:
+    def limited(limit: int | None) -> Prompter:
+        return plain(limit=limit) if family is None else prompter_of(family, limit=limit)
+
+    two = limited(None).encode(SEVERAL[:4])
+    for limit in (len(two), len(two) + VISUAL_TOKENS):
+        encoded = limited(limit).encode(SEVERAL)
+        assert encoded.ids.tolist() == two.ids.tolist()
+        assert (encoded.cut, encoded.images) == ("turns", 1)
+    one = limited(len(two) - 1).encode(SEVERAL)
+    assert one.ids.tolist() == limited(None).encode(ONE).ids.tolist()
+
+
 @given(
     parts=st.lists(st.one_of(st.just(IMAGE), _WORDS), min_size=1, max_size=8).filter(lambda p: set(p) != {IMAGE}),
     limit=st.integers(1, 60),
