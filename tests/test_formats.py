@@ -570,7 +570,7 @@ def test_a_stream_that_ends_early_or_breaks():
         return row
 
     rows = StreamRows(table.to_iterable_dataset().map(broken), 7, "streamed", state="one")
-    with pytest.raises(DataError, match="streamed, from row 0 on: the line is dead"):
+    with pytest.raises(DataError, match="streamed, row 0 or soon after: the line is dead"):
         rows.read(0)
 
 

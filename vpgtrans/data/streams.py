@@ -91,7 +91,7 @@ class StreamRows(Rows):
                 record = next(self._iterator, None)
             except Exception as error:  # of the network, or of a format that is read over it
                 self._iterator = None
-                raise DataError(f"{self.name}, from row {self._next} on: {error or type(error).__name__}") from error
+                raise DataError(f"{self.where(self._next)} or soon after: {error or type(error).__name__}") from error
             if record is None:
                 break
             if self._next >= start:
