@@ -4,10 +4,13 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 from tiny_runs import Tiny, build_tiny
+
+from vpgtrans.data.mixture import open_mixture
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHARED = {"functional_fit", "pair"}
@@ -134,3 +137,48 @@ def test_source_vpg_counts_by_kind():
     }
     assert (table["words"]["exact_match"], table["words"]["tone"]) == (1, None)
     assert table["all"]["exact_match"] == pytest.approx(2 / 3)
+
+
+def test_every_side_of_the_loader_benchmark_sees_as_many_images_and_ours_is_compared_with_the_best(
+    tmp_path, monkeypatch
+):
+    loader = script("loader")
+    drawing = Image.new("RGBA", (9, 9), (200, 0, 0, 128))
+    mixture = SimpleNamespace(image=lambda row: drawing)
+    monkeypatch.setattr(loader, "open_mixture", lambda sources: _Drawings(mixture, sources))
+    images, captions = loader.make(tmp_path, 20)
+    assert all(30_000 < len(image) < 200_000 for image in images)
+    monkeypatch.setattr(loader, "open_mixture", open_mixture)
+    sides = loader.Sides(tmp_path, images, captions, count=64).all()
+    assert len(sides) == 1 + 2 * 5
+    chosen = ["bare", "ours tar 2", "webdataset tar 1", "datasets parquet 1"]
+    assert [sides[name]() for name in chosen] == [64] * 4
+    rounds = {name: [{"images": 10, "wall": 2.0, "cpu": 3.0}] for name in sides}
+    rounds["bare"] = [{"images": 10, "wall": wall, "cpu": 1.5} for wall in (1.0, 9.0, 0.5)]
+    rounds["datasets parquet 2"] = [{"images": 10, "wall": 4.0, "cpu": 2.0}]
+    found = loader.summarise(rounds, cores=2)
+    assert found["sides"]["ours jsonl 2"]["of_bare_times_workers"] == pytest.approx(0.25)
+    assert found["sides"]["ours jsonl 1"]["bare_cpu_share"] == pytest.approx(0.5)
+    assert found["ours_beside_the_best_other"]["tar 2"] == {"speed": 1.0, "cpu": pytest.approx(2 / 3)}
+    assert "| tar 2 | 1.00 | 0.67 |" in loader.table(found)
+
+
+class _Drawings:
+    def __init__(self, mixture, sources):
+        assert sources[0].dataset == "openmoji"
+        self.image = mixture.image
+
+    def __len__(self):
+        return 3
+
+
+def test_the_memory_benchmark_measures_what_it_says(tmp_path):
+    memory = script("data_memory")
+    sizes = memory.make(tmp_path, 1500)
+    report = {}
+    for case in memory.CASES:
+        found = memory.measure(tmp_path / f"train.{case}", 320)
+        assert (found["rows"], found["draws"]) == (1500, 320)
+        assert found["imports"] <= found["open"] <= found["tenth"] <= found["end"]
+        report[case] = found | {"file": sizes[case]}
+    assert "| rows | 1,500 | 1,500 |" in memory.table(report)
