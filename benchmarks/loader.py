@@ -114,6 +114,7 @@ class Sides:
     """Each side as a function that goes through `count` images and returns how many it saw."""
 
     def __init__(self, folder: Path, images: list[bytes], captions: list[str], *, count: int):
+        assert len(images) >= BATCH, "a pass without a batch would never end"
         self.folder = folder
         self.images = images
         self.count = count
@@ -161,7 +162,7 @@ class Sides:
             .decode("pil")
             .to_tuple("jpg", "txt")
             .map(self._pair)
-            .batched(BATCH, collation_fn=_collated)
+            .batched(BATCH, collation_fn=_collated, partial=False)
             .with_epoch(self.count // BATCH // workers)
         )
         loader = webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=AHEAD)

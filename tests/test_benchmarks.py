@@ -146,7 +146,7 @@ def test_every_side_of_the_loader_benchmark_sees_as_many_images_and_ours_is_comp
     drawing = Image.new("RGBA", (9, 9), (200, 0, 0, 128))
     mixture = SimpleNamespace(image=lambda row: drawing)
     monkeypatch.setattr(loader, "open_mixture", lambda sources: _Drawings(mixture, sources))
-    images, captions = loader.make(tmp_path, 20)
+    images, captions = loader.make(tmp_path, 40)
     assert all(30_000 < len(image) < 200_000 for image in images)
     monkeypatch.setattr(loader, "open_mixture", open_mixture)
     sides = loader.Sides(tmp_path, images, captions, count=64).all()
