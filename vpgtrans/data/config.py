@@ -19,6 +19,9 @@ class DataSource(Config):
     split: str = "train"
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of this source in the mixture, relative to the others' weights."""
+    filter: str | None = None
+    """A parquet file with a boolean column `keep` (`vpgtrans data filter` writes one): rows that are not kept are as
+    rows that are not there. It belongs to this data set by row number, or by `id`."""
     limit: PositiveInt | None = None
     """Take at most this many rows, the first ones in the source's own order."""
     folder: str | None = None

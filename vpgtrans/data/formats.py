@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpgtrans.data.config import DataSource
+from vpgtrans.data.kept import kept_rows
 from vpgtrans.data.openmoji import build_openmoji
 from vpgtrans.data.openmoji_names import SPLITS
 from vpgtrans.data.pairs import open_coco, open_gqa, open_vqa
@@ -48,6 +49,8 @@ def open_rows(source: DataSource) -> Opened:
         opened.folder = Path(source.folder).expanduser().absolute()
         if not opened.folder.is_dir():
             raise DataError(f"folder {source.folder!r} of {source.dataset} is no directory ({opened.folder})")
+    if source.filter is not None:
+        opened.rows = kept_rows(opened.rows, Path(source.filter).expanduser(), id_column=source.id)
     return opened
 
 

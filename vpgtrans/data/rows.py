@@ -39,6 +39,18 @@ class Rows(ABC):
     def read(self, row: int) -> dict[str, Any]:
         """A record. DataError, naming file and row, if it is malformed."""
 
+    def number(self, row: int) -> int:
+        """Of a row in the data set as it lies there."""
+        return row
+
+    def values(self, column: str) -> Iterator[Any]:
+        """One column of all rows; None where a record lacks it, or is malformed."""
+        for row in range(len(self)):
+            try:
+                yield self.read(row).get(column)
+            except DataError:
+                yield None
+
     @property
     def columns(self) -> list[str] | None:
         """What every record has; None where each has keys of its own."""

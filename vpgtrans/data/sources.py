@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,6 @@ from vpgtrans.data.formats import Opened, open_rows
 from vpgtrans.data.layouts import columns_of, layout_of, located, parse
 from vpgtrans.data.rows import Rows, file_state
 from vpgtrans.data.sample import Sample
-from vpgtrans.data.tables import ArrowRows
 from vpgtrans.data.urls import read
 from vpgtrans.errors import DataError, Dropped
 from vpgtrans.prompts import Text, answer_of
@@ -77,9 +77,8 @@ class Source:
             text, images, references = parse(record, self.config)
         except DataError as error:
             raise type(error)(f"{self.rows.where(row)}: {error}") from error
-        name = record.get(self.config.id)
         return Sample(
-            id=f"{self.name}/{row}" if name is None else str(name),
+            id=self._named(record.get(self.config.id), row),
             text=text,
             images=tuple(located(image, self._folder) for image in images),
             references=tuple(references),
@@ -92,7 +91,10 @@ class Source:
             name = self.rows.read(row).get(self.config.id)
         except DataError:
             name = None
-        return f"{self.name}/{row}" if name is None else str(name)
+        return self._named(name, row)
+
+    def _named(self, name: object, row: int) -> str:
+        return f"{self.name}/{self.rows.number(row)}" if name is None else str(name)
 
     def text(self, row: int) -> Text:
         return self.sample(row).text
@@ -118,7 +120,7 @@ class Source:
         Raises:
             DataError: one of them can't be read; the message names file and row.
         """
-        return self._each_image(sample, lambda image: open_image(_fetched(image)))
+        return self._each_image(sample, lambda image: open_image(fetched(image)))
 
     def sizes(self, sample: Sample) -> list[tuple[int, int]]:
         """Width and height of a sample's images, from their headers: nothing is decoded.
@@ -126,7 +128,7 @@ class Source:
         Raises:
             DataError: as `open`, as far as headers tell.
         """
-        return self._each_image(sample, lambda image: image_size(_fetched(image)))
+        return self._each_image(sample, lambda image: image_size(fetched(image)))
 
     def _each_image(self, sample: Sample, what: Callable[[bytes | str], Result]) -> list[Result]:
         try:
@@ -149,7 +151,7 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that samples depend on: the files, the columns, and the image files that the rows name."""
-        digest = hashlib.sha256(self.config.model_dump_json(exclude={"weight", "dataset"}).encode())
+        digest = hashlib.sha256(self.config.model_dump_json(exclude={"weight", "dataset", "filter"}).encode())
         digest.update(self.rows.fingerprint.encode())
         if self._folder is not None:
             for row in range(len(self)):
@@ -165,9 +167,7 @@ class Source:
     def column(self, name: str) -> list[object]:
         """All values of another column, such as `base` of openmoji; DataError if there is none."""
         self._check_column(name, name)
-        if isinstance(self.rows, ArrowRows):
-            return self.rows.column(name)[: len(self)]
-        return [self.rows.read(row).get(name) for row in range(len(self))]
+        return list(islice(self.rows.values(name), len(self)))
 
     def _check_columns(self) -> None:
         for role, column in columns_of(self.config).items():
@@ -203,8 +203,12 @@ def open_dataset(source: DataSource) -> Source:
     return Source(open_rows(source))
 
 
-def _fetched(image: bytes | str) -> bytes | str:
-    """The content of a file or URL, so that an error while reading and one while decoding can be told apart."""
+def fetched(image: bytes | str) -> bytes:
+    """The content of a file or URL, so that an error while reading and one while decoding can be told apart.
+
+    Raises:
+        DataError: it can't be read.
+    """
     if isinstance(image, bytes):
         return image
     if "://" in image:

@@ -36,9 +36,11 @@ class ArrowRows(Rows):
     def read(self, row: int) -> dict[str, Any]:
         return self._table[row]
 
-    def column(self, name: str) -> list[Any]:
-        """All values of a column."""
-        return self._table.select_columns([name])[:][name]
+    def values(self, column: str) -> Iterator[Any]:
+        if column not in self.columns:
+            return iter([None] * len(self))
+        chosen = self._table.select_columns([column])
+        return (value for rows in chosen.iter(1000) for value in rows[column])
 
 
 class ParquetRows(Rows):
@@ -112,6 +114,17 @@ class ParquetRows(Rows):
             return table.slice(row - int(self._starts[place]), 1).to_pylist()[0]
         except (ValueError, OverflowError) as error:  # a text that is no UTF-8, a date that is none
             raise DataError(f"{self.where(row)}: not readable ({error})") from error
+
+    def values(self, column: str) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        if column not in self.columns:
+            yield from [None] * len(self)
+            return
+        for file in self.files:
+            with _reading(file), pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(columns=[column]):
+                    yield from batch.column(0).to_pylist()
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -28,8 +28,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img
 
 
 class TarRows(Rows):
-    """Samples of tar shards. A record holds a key per extension, `image` for the first image, `__key__`, and what a
-    `.json` member says."""
+    """Samples of tar shards. A record holds a key per extension, `image` for the first image and `images` for all
+    of them, `__key__`, and what a `.json` member says."""
 
     def __init__(self, urls: Sequence[str], name: str):
         """
@@ -91,6 +91,7 @@ class TarRows(Rows):
                 record.setdefault("caption", content)
             elif last in IMAGES:
                 record.setdefault("image", content)
+                record.setdefault("images", []).append(content)
             record[extension] = content
         return record
 
