@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vpgtrans.data.config import DataSource
-
 from vpgtrans.data.shards import ENDINGS, WRITERS, Target, Writer, columns, size_of, tar_writer, to_record
 from vpgtrans.data.sources import Source, fetched, open_dataset
 from vpgtrans.errors import DataError, Dropped, OutputError

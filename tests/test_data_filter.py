@@ -1,0 +1,454 @@
+"""`vpgtrans data filter` and `filter:` in a recipe: scores against independent ones, choices, sidecars, stops."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from PIL import Image, ImageDraw
+from tiny import SENTENCES, tiny_tokenizer
+from tiny_runs import Tiny, write_captions
+
+import vpgtrans as vt
+from vpgtrans.cli.root import cli
+from vpgtrans.data.config import DataSource
+from vpgtrans.data.filter import run as run_module
+from vpgtrans.data.filter.build import plan
+from vpgtrans.data.filter.choose import Rule, choose
+from vpgtrans.data.filter.run import filter_data
+from vpgtrans.data.filter.scorers import Batch, Length, image_hash, text_hash
+from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.sources import open_dataset
+from vpgtrans.errors import DataError
+from vpgtrans.prompts import VISUAL
+
+NAN = float("nan")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["data", "filter", *map(str, arguments)])
+
+
+def filtered(*arguments: str | Path) -> dict[str, Any]:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["rows"] == sum(found[key] for key in ("kept", "left_out", "unreadable", "dropped"))
+    return found
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_table(file: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), file, row_group_size=4)
+    return file
+
+
+def texts(file: Path, count: int = 10, **columns: Any) -> Path:
+    return write_table(file, id=[f"t{n}" for n in range(count)], body=[f"text {n}" for n in range(count)], **columns)
+
+
+# --- choosing -----------------------------------------------------------------------------------
+
+
+def test_a_fraction_keeps_the_best_and_of_equals_the_earlier():
+    scores = np.array([3.0, 1.0, 2.0, NAN, 2.0])
+    assert Rule(fraction=0.5).keep(scores).tolist() == [True, False, True, False, False]
+    assert Rule("low", fraction=0.5).keep(scores).tolist() == [False, True, True, False, False]
+    assert Rule(fraction=0).keep(scores).sum() == 0
+    assert Rule(fraction=1).keep(scores).sum() == 4
+
+
+def test_thresholds_keep_their_ends():
+    scores = np.array([3.0, 1.0, 2.0, NAN])
+    assert Rule(minimum=2).keep(scores).tolist() == [True, False, True, False]
+    assert Rule("low", maximum=2).keep(scores).tolist() == [False, True, True, False]
+    assert Rule(minimum=2, maximum=2).keep(scores).tolist() == [False, False, True, False]
+
+
+def test_intersection_union_and_rules_that_always_hold():
+    scores = {
+        "a": np.array([1.0, 1.0, 0.0, 0.0, NAN, NAN]),
+        "b": np.array([1.0, 0.0, 1.0, 0.0, 0.0, NAN]),
+        "length": np.array([0.0, 5.0, 5.0, 5.0, 5.0, 5.0]),
+    }
+    rules = {"a": Rule(minimum=1), "b": Rule(minimum=1), "length": Rule(minimum=5, always=True)}
+    assert choose(scores, rules, union=False).tolist() == [False, False, False, False, False, True]
+    assert choose(scores, rules, union=True).tolist() == [False, True, True, False, False, True]
+    assert choose(scores, {"a": Rule()}, union=True).all()  # a score that nothing is asked of
+
+
+# --- `filter:` in a recipe ----------------------------------------------------------------------
+
+
+def test_rows_that_are_not_kept_are_not_there(tmp_path: Path):
+    data = texts(tmp_path / "data.parquet", 11)
+    keep = [n % 3 == 0 for n in range(11)]  # 0 3 6 9: of the second row group 6 alone, of the third 9
+    write_table(tmp_path / "keep.parquet", row=list(range(11)), keep=keep)
+    source = DataSource(dataset=str(data), text="body", filter=str(tmp_path / "keep.parquet"))
+    opened = open_dataset(source)
+    assert [opened.sample(row).id for row in range(len(opened))] == ["t0", "t3", "t6", "t9"]
+    assert opened.column("body") == ["text 0", "text 3", "text 6", "text 9"]
+    assert opened.rows.where(2).endswith("row 6")
+    assert opened.rows.stretches is not None
+    assert opened.rows.stretches.tolist() == [0, 2, 3]
+    mixture = Mixture([(opened, 1.0)])
+    assert sorted(mixture.order(0, 0).tolist()) == [0, 1, 2, 3]
+    limited = open_dataset(source.model_copy(update={"limit": 3}))
+    assert [limited.id(row) for row in range(len(limited))] == ["t0", "t3", "t6"]
+    whole = open_dataset(source.model_copy(update={"filter": None}))
+    assert whole.fingerprint != opened.fingerprint
+    write_table(tmp_path / "keep.parquet", row=list(range(11)), keep=[*keep[:-2], False, False])
+    assert open_dataset(source).fingerprint != opened.fingerprint
+
+
+def test_a_row_without_an_id_keeps_the_number_that_it_has_in_the_file(tmp_path: Path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"body": f"text {n}"}) + "\n" for n in range(4)))
+    write_table(tmp_path / "keep.parquet", row=[0, 1, 2, 3], keep=[False, False, True, True])
+    opened = open_dataset(DataSource(dataset=str(file), text="body", filter=str(tmp_path / "keep.parquet")))
+    assert [opened.id(row).rpartition("/")[2] for row in (0, 1)] == ["2", "3"]
+
+
+def test_a_file_of_others_goes_by_id(tmp_path: Path):
+    data = texts(tmp_path / "data.parquet")
+    write_table(tmp_path / "keep.parquet", id=["t8", "t1", "elsewhere", "t2"], keep=[True, True, True, None])
+    opened = open_dataset(DataSource(dataset=str(data), text="body", filter=str(tmp_path / "keep.parquet")))
+    assert [opened.id(row) for row in range(len(opened))] == ["t1", "t8"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"row": [0, 1], "kept": [True, True]}, "no boolean column `keep`"),
+        ({"row": [0, 1], "keep": [1, 1]}, "no boolean column `keep`"),
+        ({"name": ["t0"], "keep": [True]}, "no column `row` or `id`"),
+        ({"row": [0, 10], "keep": [True, True]}, "row 10 of a data set of 10 rows"),
+        ({"row": [0, 1], "keep": [False, False]}, "keeps none of the 10 rows"),
+        ({"id": ["x", "y"], "keep": [True, True]}, "none of the ids that it keeps"),
+    ],
+)
+def test_a_sidecar_that_does_not_fit_is_one_message(tmp_path: Path, columns: dict[str, Any], message: str):
+    data = texts(tmp_path / "data.parquet")
+    file = write_table(tmp_path / "keep.parquet", **columns)
+    with pytest.raises(DataError, match=message):
+        open_dataset(DataSource(dataset=str(data), text="body", filter=str(file)))
+
+
+def test_scores_of_another_data_set_are_refused(tmp_path: Path):
+    data, other = texts(tmp_path / "data.parquet"), texts(tmp_path / "other.parquet", 10, more=list(range(10)))
+    arguments = ("--text", "body", "--scores", tmp_path / "s.parquet", "--scorer", "length", "--words", "1:")
+    filtered(data, *arguments)
+    assert len(open_dataset(DataSource(dataset=str(data), text="body", filter=str(tmp_path / "s.parquet")))) == 10
+    with pytest.raises(DataError, match="made for another data set"):
+        open_dataset(DataSource(dataset=str(other), text="body", filter=str(tmp_path / "s.parquet")))
+    refused = invoke(other, *arguments)
+    assert refused.exit_code == 2
+    assert "scores of another data set" in refused.output
+    (tmp_path / "s.parquet").write_text("notes")
+    notes = invoke(data, *arguments)
+    assert notes.exit_code == 2
+    assert (tmp_path / "s.parquet").read_text() == "notes"
+
+
+# --- rules without a model ----------------------------------------------------------------------
+
+
+def test_length_and_bad_rows_add_up(tmp_path: Path):
+    image = png(Image.new("RGB", (8, 8)))
+    captions = ["one", "one two", "one two three", None, "one two", "one  two three four"]
+    data = write_table(tmp_path / "d.parquet", image=[image] * 4 + [b"broken", image], caption=captions)
+    found = filtered(
+        data, "--scores", tmp_path / "s.parquet", "--scorer", "length", "--words", "2:3", "--scorer", "duplicate-image"
+    )
+    assert {key: found[key] for key in ("rows", "kept", "left_out", "unreadable", "dropped")} == {
+        "rows": 6, "kept": 0, "left_out": 4, "unreadable": 1, "dropped": 1
+    }  # fmt: skip
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert list(table) == ["id", "row", "length", "duplicate-image", "problem", "keep"]
+    assert table["length"] == [1, 2, 3, None, None, 4]
+    assert table["duplicate-image"] == [0, 1, 2, None, None, 3]
+    assert "no caption" in table["problem"][3]
+    assert "sample" in table["problem"][4]
+    found = filtered(data, "--scores", tmp_path / "s.parquet", "--scorer", "length", "--words", "2:3")
+    assert found["kept"] == 2  # of the rows' images nothing is asked now
+    assert pq.read_table(tmp_path / "s.parquet")["keep"].to_pylist() == [False, True, True, False, False, False]
+
+
+def drawing(colour: str, *, size: int = 120, side: str = "left") -> Image.Image:
+    image = Image.new("RGB", (size, size), "white")
+    left = size // 8 if side == "left" else size // 2
+    ImageDraw.Draw(image).ellipse((left, size // 4, left + size // 3, 3 * size // 4), fill=colour)
+    return image
+
+
+def test_duplicates_are_found_through_size_quality_and_spelling(tmp_path: Path):
+    stream = io.BytesIO()
+    drawing("red", size=200).save(stream, "JPEG", quality=60)
+    images = [png(drawing("red")), png(drawing("blue")), stream.getvalue(), png(drawing("red", side="right"))]
+    captions = ["A red ball.", "a red ball", "a  RED ball", "a red ball"]
+    data = write_table(tmp_path / "d.parquet", image=images, caption=captions)
+    filtered(
+        data, "--scores", tmp_path / "s.parquet", "--scorer", "duplicate", "--scorer", "duplicate-image",
+        "--scorer", "duplicate-text",
+    )  # fmt: skip
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert table["duplicate-image"] == [0, 0, 1, 0]
+    assert table["duplicate-text"] == [0, 1, 2, 3]
+    assert table["duplicate"] == [0, 0, 1, 0]
+    assert table["keep"] == [True, False, False, False]
+
+
+def test_hashes_tell_apart_what_differs():
+    assert text_hash("Ein Café!") == text_hash("ein  cafe\u0301")
+    assert text_hash("a cat") != text_hash("a bat")
+    assert text_hash("!!!") != text_hash("???")
+    flat = [image_hash(Image.new("RGB", (20, 20), colour)) for colour in ("red", "blue", "white", "black")]
+    assert min((a ^ b).bit_count() for n, a in enumerate(flat) for b in flat[:n]) > 3
+
+
+def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
+    data = write_table(tmp_path / "d.parquet", id=["a", "b", "a", "c"], body=["w", "x", "y", "z"])
+    write_table(tmp_path / "by-id.parquet", id=["c", "a", "zzz"], dfn=[0.5, 0.25, 9.0])
+    write_table(tmp_path / "by-row.parquet", row=[3, 1, 99], dfn=[1, 2, 3])
+    arguments = (data, "--text", "body", "--scores", tmp_path / "s.parquet")
+    by_id = f"column:{tmp_path / 'by-id.parquet'}:dfn"
+    filtered(*arguments, "--scorer", by_id, "--threshold", "0.3")
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert table["column:by-id.parquet:dfn"] == [0.25, None, 0.25, 0.5]
+    assert table["keep"] == [False, True, False, True]  # what the file doesn't know it doesn't judge
+    by_row = f"column:{tmp_path / 'by-row.parquet'}:dfn:low"
+    filtered(*arguments, "--scorer", by_row, "--keep-fraction", "0.5")
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert table["column:by-row.parquet:dfn"] == [None, 2, None, 1]
+    assert table["keep"] == [True, False, True, True]
+    assert table["column:by-id.parquet:dfn"] == [0.25, None, 0.25, 0.5]  # earlier scores stay
+    write_table(tmp_path / "none.parquet", id=["x"], dfn=[1.0])
+    refused = invoke(*arguments, "--scorer", f"column:{tmp_path / 'none.parquet'}:dfn")
+    assert refused.exit_code == 2
+    assert "none of its `id`s" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scorer", "vlm-gpa"], "did you mean vlm-gap?"),
+        (["--scorer", "vlm-gap"], "needs --vlm"),
+        (["--scorer", "clip"], "needs --clip"),
+        (["--scorer", "length"], "needs --words"),
+        (["--scorer", "length", "--words", "3"], "right would be MIN:MAX"),
+        (["--scorer", "duplicate", "--words", "3:"], "no scorer that takes it"),
+        (["--scorer", "duplicate", "--threshold", "duplicate=1"], "no score 'duplicate'"),
+        (["--scorer", "column:x.parquet"], "right would be column:FILE.parquet:COLUMN"),
+        (["--scorer", "column:x.parquet:y", "--scorer", "column:x.parquet:z", "--threshold", "1"], "of which score?"),
+        (["--scorer", "column:x.parquet:y", "--threshold", "much"], "'much' is no number"),
+        (["--scorer", "column:x.parquet:y"], "x.parquet"),
+        (["--scorer", "duplicate", "--limit", "3"], "leave out `filter` and `limit`"),
+    ],
+)
+def test_wrong_arguments_are_one_message(tmp_path: Path, arguments: list[str], message: str):
+    data = texts(tmp_path / "data.parquet")
+    result = invoke(data, "--text", "body", "--scores", tmp_path / "s.parquet", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert result.output.count("error") == 1
+    assert not (tmp_path / "s.parquet").exists()
+
+
+# --- stopped and repeated runs ------------------------------------------------------------------
+
+
+class Counting(Length):
+    """Notes what it was asked, and stops in the middle if told."""
+
+    def __init__(self, stop: int | None = None):
+        super().__init__()
+        self.stop = stop
+        self.rows: list[int] = []
+
+    def measure(self, batch: Batch) -> dict[str, np.ndarray]:
+        if len(self.rows) == self.stop:
+            raise KeyboardInterrupt
+        self.rows += batch.rows
+        return super().measure(batch)
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_module, "PART_SECONDS", 0.0)
+    data = texts(tmp_path / "data.parquet", 4 * run_module.UNIT + 5)
+    source = DataSource(dataset=str(data), text="body")
+
+    def run(file: str, scorer: Counting, **rule: Any) -> dict[str, list[Any]]:
+        filter_data(source, tmp_path / file, lambda _: [scorer], rules={"length": Rule(**rule)})
+        return pq.read_table(tmp_path / file).to_pydict()
+
+    whole = run("whole.parquet", Counting(), minimum=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped.parquet", Counting(stop=2 * run_module.UNIT), minimum=2)
+    assert not (tmp_path / "stopped.parquet").exists()
+    rest = Counting()
+    assert run("stopped.parquet", rest, minimum=2) == whole
+    assert rest.rows == list(range(2 * run_module.UNIT, 4 * run_module.UNIT + 5))
+    again = Counting()
+    assert not any(run("stopped.parquet", again, minimum=3)["keep"])
+    assert again.rows == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.parquet", "stopped.parquet", "whole.parquet"]
+
+
+def test_what_was_measured_otherwise_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_module, "PART_SECONDS", 0.0)
+    data = texts(tmp_path / "data.parquet", 2 * run_module.UNIT)
+    source = DataSource(dataset=str(data), text="body")
+
+    class Other(Counting):
+        @property
+        def settings(self) -> dict[str, Any]:
+            return {"scorer": "length", "version": 2}
+
+    for first, second in ((Counting(stop=run_module.UNIT), Other()), (Counting(), Other())):
+        file = tmp_path / "s.parquet"
+        file.unlink(missing_ok=True)
+        try:
+            filter_data(source, file, lambda _, scorer=first: [scorer], rules={})
+        except KeyboardInterrupt:
+            assert (tmp_path / "s.parquet.parts").is_dir()
+        filter_data(source, file, lambda _, scorer=second: [scorer], rules={})
+        assert second.rows == list(range(2 * run_module.UNIT))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_scores_of_a_vlm_are_losses_with_own_other_and_no_images(tmp_path: Path, tiny: Tiny):
+    count = 6
+    data = write_captions(tmp_path / "data.parquet", count=count)
+    scorers = [text for name in ("vlm-loss", "vlm-gap", "vlm-blind-gap", "vlm-rank") for text in ("--scorer", name)]
+    # with all other images there is nothing to draw
+    filtered(data, "--scores", tmp_path / "s.parquet", *scorers, "--vlm", tiny.source, "--others", str(count - 1),
+             "--keep-fraction", "0.5")  # fmt: skip
+    table = pq.read_table(tmp_path / "s.parquet")
+
+    vlm = vt.load(tiny.source)
+    opened = open_dataset(DataSource(dataset=str(data)))
+    prompts = vlm.prompts([opened.image(row) for row in range(count)])
+    loss = np.empty((count, count))
+    blind = np.empty(count)
+    for row in range(count):
+        encoded = vlm.splice.prompter.encode(opened.caption(row))
+        for image in range(count):
+            sums, tokens = vlm.splice.caption_nll(prompts[image : image + 1], [opened.caption(row)])
+            loss[row, image] = float(sums / tokens)
+        # without images the LLM's own class gives the loss
+        words = encoded.ids != VISUAL
+        ids = torch.from_numpy(encoded.ids[words])[None]
+        labels = torch.where(torch.from_numpy(encoded.answer[words]), ids[0], -100)[None]
+        with torch.no_grad():
+            blind[row] = float(vlm.language_model(input_ids=ids, labels=labels).loss)
+    own = np.diag(loss)
+    others = [np.delete(loss[row], row) for row in range(count)]
+    tolerance = 2e-2 if vlm.llm.model.dtype == torch.bfloat16 else 1e-4
+    np.testing.assert_allclose(table["vlm-loss"], own, atol=tolerance)
+    np.testing.assert_allclose(table["vlm-blind-gap"], blind - own, atol=tolerance)
+    np.testing.assert_allclose(
+        table["vlm-gap"], [o.mean() - s for o, s in zip(others, own, strict=True)], atol=tolerance
+    )
+    rank = table["vlm-rank"].to_numpy() * (count - 1)
+    np.testing.assert_allclose(rank, np.round(rank), atol=1e-9)
+    # but for others that are as likely to within the tolerance
+    sure = [(o > s + tolerance).sum() for o, s in zip(others, own, strict=True)]
+    most = [(o > s - tolerance).sum() for o, s in zip(others, own, strict=True)]
+    assert all(low - 0.1 <= r <= high + 0.1 for low, r, high in zip(sure, rank, most, strict=True))
+
+
+def test_a_vlm_judges_loss_but_no_gap_of_a_text_alone(tmp_path: Path, tiny: Tiny):
+    rows = [
+        {"image": [png(drawing("red")), png(drawing("blue"))], "conversation": [
+            {"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "a cat"}]},
+        {"image": [], "conversation": [
+            {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "a dog"}]},
+        {"image": [png(drawing("green"))], "conversation": [
+            {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a cat"}]},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    filtered(
+        tmp_path / "d.parquet", "--conversation", "conversation", "--scores", tmp_path / "s.parquet",
+        "--scorer", "vlm-loss", "--scorer", "vlm-gap", "--vlm", tiny.source, "--others", "2",
+    )  # fmt: skip
+    table = pq.read_table(tmp_path / "s.parquet").to_pydict()
+    assert all(math.isfinite(value) for value in table["vlm-loss"])
+    assert [value is None for value in table["vlm-gap"]] == [False, True, False]
+    assert table["keep"] == [True] * 3
+
+
+def tiny_clip(directory: Path) -> Path:
+    """A random CLIP as a hub directory looks."""
+    tokenizer = tiny_tokenizer(add_bos=True, sentences=SENTENCES)
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "max_position_embeddings": 24, "eos_token_id": 2},
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        projection_dim=12,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    transformers.CLIPModel(config).save_pretrained(directory)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(directory)
+    return directory
+
+
+def test_clip_gives_what_its_own_class_gives(tmp_path: Path):
+    clip = tiny_clip(tmp_path / "clip")
+    data = write_captions(tmp_path / "data.parquet", count=5)
+    found = filtered(
+        data, "--scores", tmp_path / "s.parquet", "--scorer", "clip", "--clip", clip, "--keep-fraction", "0.4"
+    )
+    assert found["kept"] == 2
+    table = pq.read_table(tmp_path / "s.parquet")
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(clip)
+    opened = open_dataset(DataSource(dataset=str(data)))
+    for row in range(5):  # one by one: nothing is padded
+        inputs = processor(text=[opened.caption(row)], images=[opened.image(row)], return_tensors="pt")
+        with torch.no_grad():
+            cosine = float(model(**inputs).logits_per_image / model.logit_scale.exp())
+        assert table["clip"][row].as_py() == pytest.approx(cosine, abs=1e-5)
+    assert len({round(score, 6) for score in table["clip"].to_pylist()}) == 5
+
+
+def test_a_model_that_is_no_clip_is_one_message(tmp_path: Path, tiny: Tiny):
+    data = write_captions(tmp_path / "data.parquet", count=2)
+    for model in (tiny.target_llm, tmp_path):
+        result = invoke(data, "--scores", tmp_path / "s.parquet", "--scorer", "clip", "--clip", model)
+        assert result.exit_code == 2, result.output
+    wrong = invoke(data, "--scores", tmp_path / "s.parquet", "--scorer", "vlm-loss", "--vlm", tiny.target_llm)
+    assert wrong.exit_code == 2
+    assert "no VLM directory" in wrong.output
+
+
+def test_models_are_opened_only_if_something_is_to_be_scored(tmp_path: Path, tiny: Tiny):
+    data = write_captions(tmp_path / "data.parquet", count=3)
+    scorers, rules = plan(scorers=["vlm-loss"], vlm=str(tiny.source), keep_fraction=0.7)
+    source = DataSource(dataset=str(data))
+    made: list[Any] = []
+
+    def build(opened: Any) -> list[Any]:
+        made[:] = scorers(opened)
+        return made
+
+    filter_data(source, tmp_path / "s.parquet", build, rules=rules)
+    assert "_vlm" in vars(made[0])
+    assert filter_data(source, tmp_path / "s.parquet", build, rules=rules).kept == 2
+    assert "_vlm" not in vars(made[0])

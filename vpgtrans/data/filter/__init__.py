@@ -1,0 +1,1 @@
+"""Scoring a data set's samples, and choosing which of them to keep."""
