@@ -182,3 +182,30 @@ def test_the_memory_benchmark_measures_what_it_says(tmp_path):
         assert found["imports"] <= found["open"] <= found["tenth"] <= found["end"]
         report[case] = found | {"file": sizes[case]}
     assert "| rows | 1,500 | 1,500 |" in memory.table(report)
+
+
+def test_spoiled_captions_are_of_other_images_and_a_perfect_score_finds_them_all():
+    import random
+
+    import numpy as np
+
+    bench = script("filter")
+    captions = [f"{'word ' * (n % 5)}{n % 30}" for n in range(60)]
+    wrong = bench.swapped(captions, random.Random(0))
+    assert all(a != b for a, b in zip(captions, wrong, strict=True))
+    assert [len(a.split()) for a in captions] == [len(b.split()) for b in wrong]
+
+    better = {name: 1.0 if end == "high" else -1.0 for name, end in bench.VLM_SCORES.items()}
+    draw = np.random.default_rng(0)
+    noise = {name: draw.random(60) for name in better}
+    perfect = bench.measure(
+        {name: noise[name] + 10 * sign for name, sign in better.items()},
+        {name: noise[name] - 10 * sign for name, sign in better.items()},
+        draws=3,
+    )
+    chance = bench.measure(noise, noise, draws=40)
+    for name in better:
+        assert perfect[name] == {"recall": {"mean": 1.0, "min": 1.0, "max": 1.0}, "removed": pytest.approx(0.1)}
+        assert chance[name]["recall"]["mean"] == pytest.approx(0.1, abs=0.06)
+    assert perfect["union"]["recall"]["mean"] == perfect["intersection"]["recall"]["mean"] == 1.0
+    assert chance["union"]["removed"] < 0.05 < 0.2 < chance["intersection"]["removed"]

@@ -312,7 +312,13 @@ def test_a_text_that_is_no_unicode_is_a_bad_row(tmp_path: Path):
     with file.open("a") as stream:
         stream.write('{"id": "half", "body": "half \\ud83d"}\n')
     assert converted(file, tmp_path / "out", "--text", "body", "--to", "parquet")["quarantined"] == 1
-    assert "surrogate" in (tmp_path / "out/quarantine.jsonl").read_text()
+    assert "half a character" in (tmp_path / "out/quarantine.jsonl").read_text()
+
+
+def test_an_id_that_is_no_unicode_is_written_with_a_mark(tmp_path: Path):
+    file = write(tmp_path / "in", [{"body": "fine", "id": "half \ud83d"}])
+    found = converted(file, tmp_path / "out", "--text", "body", "--to", "parquet")
+    assert [sample.id for sample in samples(DataSource(**found["source"]))] == ["half ?"]
 
 
 def test_shards_end_by_size(tmp_path: Path):

@@ -181,7 +181,7 @@ def test_length_and_bad_rows_add_up(tmp_path: Path):
     assert table["length"] == [1, 2, 3, None, None, 4]
     assert table["duplicate-image"] == [0, 1, 2, None, None, 3]
     assert "no caption" in table["problem"][3]
-    assert "sample" in table["problem"][4]
+    assert "d.parquet, row 4: " in table["problem"][4]
     found = filtered(data, "--scores", tmp_path / "s.parquet", "--scorer", "length", "--words", "2:3")
     assert found["kept"] == 2  # of the rows' images nothing is asked now
     assert pq.read_table(tmp_path / "s.parquet")["keep"].to_pylist() == [False, True, True, False, False, False]
@@ -255,6 +255,7 @@ def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
         (["--scorer", "column:x.parquet:y", "--scorer", "column:x.parquet:z", "--threshold", "1"], "of which score?"),
         (["--scorer", "column:x.parquet:y", "--threshold", "much"], "'much' is no number"),
         (["--scorer", "column:x.parquet:y"], "x.parquet"),
+        (["--scorer", "column:x.parquet:y", "--scorer", "column:a/x.parquet:y"], "two files of one name"),
         (["--scorer", "duplicate", "--limit", "3"], "leave out `filter` and `limit`"),
     ],
 )

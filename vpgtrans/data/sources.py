@@ -94,7 +94,10 @@ class Source:
         return self._named(name, row)
 
     def _named(self, name: object, row: int) -> str:
-        return f"{self.name}/{self.rows.number(row)}" if name is None else str(name)
+        if name is None:
+            return f"{self.name}/{self.rows.number(row)}"
+        # JSON can spell halves of characters, which no file takes.
+        return str(name).encode("utf-8", "replace").decode()
 
     def text(self, row: int) -> Text:
         return self.sample(row).text

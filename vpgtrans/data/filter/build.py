@@ -38,6 +38,9 @@ def plan(
         if name not in _NAMES and name not in columns:
             raise DataError(f"no scorer {name!r}{did_you_mean(name, _NAMES)}; the scorers are {', '.join(_NAMES)}, "
                             "column:FILE.parquet:COLUMN")  # fmt: skip
+    scores = [Column.named(file, column) for file, column, _ in columns.values()]
+    if twice := next((score for score in scores if scores.count(score) > 1), None):
+        raise DataError(f"{twice}: two files of one name; right would be names that differ")
     of_vlm = [name for name in names if name in VLM_SCORES]
     for given, option, wanted in (
         (vlm, "--vlm", of_vlm),

@@ -145,6 +145,7 @@ def _unit(source: Source, scorers: Sequence[Scorer], rows: range) -> dict[str, A
     import pyarrow as pa
 
     looks = any(scorer.looks for scorer in scorers)
+    ids: list[str] = []
     problems: list[str | None] = []
     taken: list[int] = []
     samples: list[Sample] = []
@@ -158,13 +159,15 @@ def _unit(source: Source, scorers: Sequence[Scorer], rows: range) -> dict[str, A
             problem = f"dropped: {error}" if isinstance(error, Dropped) else f"unreadable: {error}"
             if not isinstance(error, Dropped):
                 _LOGGER.warning("%s", error)
+            ids.append(source.id(row))
         else:
+            ids.append(sample.id)
             taken.append(row)
             samples.append(sample)
             images.append(opened)
         problems.append(problem)
     columns: dict[str, Any] = {
-        "id": pa.array([source.id(row) for row in rows], pa.string()),
+        "id": pa.array(ids, pa.string()),
         "problem": pa.array(problems, pa.string()),
     }
     places = np.array(taken, dtype=np.int64) - rows.start
