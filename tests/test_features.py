@@ -108,6 +108,14 @@ def test_how_many_unreadable_images_are_too_many():
             bad_among(seen, bad, expected=expected)
 
 
+def test_rows_of_the_same_id_are_counted_each():
+    counted = BadSamples(1.0)
+    rows = [Unreadable("same", f"a.jsonl, line {line}: no image", dropped=line > 2) for line in (1, 2, 2, 3, 4)]
+    counted.note(rows, seen=9)
+    counted.note(rows)  # seen again in the next epoch
+    assert (len(counted.bad), len(counted.dropped), counted.left_out) == (2, 2, 4)
+
+
 def test_a_resumed_run_keeps_its_list_of_skipped_images(root, tmp_path):
     (tmp_path / "quarantine.jsonl").write_text('{"id": "older", "reason": "gone"}\n')
     train(build_vlm(root), lenient(WARMUP, 0.3), tmp_path, resume=True)

@@ -111,11 +111,13 @@ class BadSamples:
         """
         self.seen += seen
         for entry in unreadable:
-            if entry.dropped:
-                self.dropped[entry.id] = entry.reason
-            elif entry.id not in self.bad:
-                logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
-                self.bad[entry.id] = entry.reason
+            listed = self.dropped if entry.dropped else self.bad
+            name = entry.id
+            while listed.get(name, entry.reason) != entry.reason:  # another row of the same id: reasons name rows
+                name += "*"
+            if not entry.dropped and name not in listed:
+                logging.getLogger(__name__).warning("skipped %s: %s", name, entry.reason)
+            listed[name] = entry.reason
         if not self.shared:
             self.check()
 
