@@ -32,8 +32,8 @@ def test_an_encoder_in_half_precision_goes_with_the_other_parts(
     joined = []
     begin = journey.begin
 
-    def watched(*arguments):
-        joined.append(begin(*arguments))
+    def watched(*arguments, **options):
+        joined.append(begin(*arguments, **options))
         return joined[0]
 
     monkeypatch.setattr(journey, "begin", watched)

@@ -195,7 +195,7 @@ def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(r
     done = process(root, tmp_path, recipe, "--unreadable", *map(str, second))
     assert done.returncode == 1, done.stderr[-3000:]
     # Two of 19 are allowed; the first process itself met none.
-    assert done.stderr.count("4 of 13 images are unreadable, more than data.max_bad_fraction = 0.15 allows of 19") == 1
+    assert done.stderr.count("4 of 13 samples are unreadable, more than data.max_bad_fraction = 0.15 allows of 19") == 1
     assert sorted(line["id"] for line in lines(tmp_path / "quarantine.jsonl")) == [f"s0-{row:02d}" for row in second]
 
 

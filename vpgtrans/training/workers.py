@@ -74,12 +74,20 @@ class Loader(Generic[T]):
             TrainingError: a process was killed, for instance because memory ran out.
         """
         with killed_is_said():
-            self._running = iter(self._loader)
+            # Held back while processes start, each of which keeps it so: Ctrl-C reaches all of a terminal's processes,
+            # and the first one writes a checkpoint before it ends the others.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._running = iter(self._loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while self._running is not None:
                 try:
                     item = next(self._running)
                 except StopIteration:
                     return
+                except (ConnectionError, EOFError) as error:  # it was killed while it handed a tensor over
+                    raise RuntimeError(f"DataLoader worker: {type(error).__name__}") from error
                 yield item
 
     def close(self) -> None:
@@ -113,8 +121,6 @@ def _as_it_is(item: T) -> T:
 
 
 def _begin(_: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the first one writes a checkpoint and then ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what was there before need not be looked through again, and stays in shared pages
     # Memory of decoded images is used again (PILLOW_BLOCKS_MAX sets the same): new pages cost a tenth of a decoding.
