@@ -107,15 +107,13 @@ class Duplicate(Scorer):
         # Firsts by (text, band of the picture): [row, picture]; and how many rows are like each of them.
         firsts: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         like: dict[int, int] = {}
+        bands = _BANDS if self.looks else 1
         for row in np.flatnonzero(known).tolist():
             text = int(texts[row]) if self.of != "image" else 0
             picture = int(images[row])
-            keys = [(text, band, (picture >> (64 // _BANDS * band)) & 0xFFFF) for band in range(_BANDS)]
+            keys = [(text, band, (picture >> (64 // _BANDS * band)) & 0xFFFF) for band in range(bands)]
             near = (
-                first
-                for key in (keys if self.of != "text" else keys[:1])
-                for first, other in firsts.get(key, ())
-                if (picture ^ other).bit_count() <= NEAR
+                first for key in keys for first, other in firsts.get(key, ()) if (picture ^ other).bit_count() <= NEAR
             )
             first = next(near, None)
             if first is None:
