@@ -226,7 +226,7 @@ def test_probe_evaluate_and_caption(runs: FakeRuns, recipe: str, tmp_path: Path)
     assert runs.calls[-1] == (
         "evaluate",
         ("some/vlm",),
-        {"data": ["openmoji:test"], "columns": {}, "samples": 3, "device": "auto", "trust_remote_code": False},
+        {"data": ["openmoji:test"], "keys": {}, "samples": 3, "device": "auto", "trust_remote_code": False},
     )
 
     image = tmp_path / "cat.png"

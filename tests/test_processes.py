@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from tiny_runs import Tiny
 
 from vpgtrans import processes, runs
@@ -100,6 +101,41 @@ def test_a_signal_to_the_first_of_two_processes_stops_both_with_a_checkpoint(tin
     assert "Traceback" not in stderr
     progress = json.loads((max((run / "checkpoints").iterdir()) / "progress.json").read_text())
     assert 0 < progress["update"] < 1000
+
+
+def test_a_process_whose_share_has_no_image_keeps_step(tiny: Tiny, tmp_path: Path) -> None:
+    """Of every batch each of two processes gets one sample, and two of three samples are text alone."""
+    image = tmp_path / "one.png"
+    Image.new("RGB", (20, 20), "red").save(image)
+    rows = [
+        {
+            "image": [] if row % 3 else [str(image)],
+            "said": [
+                {"role": "user", "content": f"{'' if row % 3 else '<image>'}what is {row}?"},
+                {"role": "assistant", "content": f"the number {row}"},
+            ],
+        }
+        for row in range(12)
+    ]
+    table = tmp_path / "mixed.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"dataset": str(table), "conversation": "said"}]
+    common = {"lr": 1e-3, "batch_size": 2, "budget": {"samples": 12}, "validate_every": 4, "lora": {"dropout": 0.0}}
+    short = [
+        {"name": "warmup", "trainable": {"projector": "full"}, "cache_features": True, **common},
+        {"name": "finetune", "trainable": {"projector": "full", "llm": "lora"}, "cache_features": False, **common},
+    ]
+    recipe = tiny.transfer_recipe(stages=short, data={"train": data, "validation": data})
+    alone = losses(runs.transfer(recipe, output=tmp_path / "one", device="cpu"))
+    command = [write(recipe, tmp_path), "-o", str(tmp_path / "two"), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vpgtrans", "transfer", *command, "trainer.devices=2", "trainer.strategy=ddp"],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (*place, loss), (*other, both) in zip(alone, losses(tmp_path / "two"), strict=True):
+        assert place == other
+        assert both == pytest.approx(loss, rel=1e-4)
 
 
 # --- what is refused, and who is who ------------------------------------------------------------

@@ -126,14 +126,17 @@ def evaluate(
     vlm: str | Path,
     *,
     data: Sequence[str],
+    keys: Mapping[str, Any] | None = None,
     samples: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Loss and caption metrics of a VLM on data sets (`openmoji:test`)."""
+    """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as a recipe's source has."""
     from vpgtrans import runs
 
-    return runs.evaluate(str(vlm), data=list(data), samples=samples, device=device, trust_remote_code=trust_remote_code)
+    return runs.evaluate(
+        str(vlm), data=list(data), keys=keys, samples=samples, device=device, trust_remote_code=trust_remote_code
+    )
 
 
 def caption(

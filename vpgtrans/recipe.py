@@ -35,7 +35,7 @@ from vpgtrans.config import (
     VPGConfig,
 )
 from vpgtrans.data.config import DataSource
-from vpgtrans.errors import RecipeError
+from vpgtrans.errors import DataError, RecipeError
 from vpgtrans.explain import explain
 
 Rate = Annotated[float, Field(gt=0, le=10)]
@@ -306,6 +306,19 @@ def parse_recipe(data: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
         return Recipe.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, root=Recipe, data=plain, where={}, file=name))) from None
+
+
+def parse_source(data: Mapping[str, Any]) -> DataSource:
+    """A data source from plain Python values.
+
+    Raises:
+        DataError: a key is unknown or has a value that is not allowed.
+    """
+    try:
+        return DataSource.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems = explain(error, root=DataSource, data=dict(data), where={}, file="data source")
+        raise DataError("\n".join(problems)) from None
 
 
 def dump(recipe: Recipe) -> str:

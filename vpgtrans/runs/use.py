@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from vpgtrans.config import EncoderConfig, VPGConfig
-from vpgtrans.data.config import DataSource
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
 from vpgtrans.evaluation.metrics import score
 from vpgtrans.llm import open_config
-from vpgtrans.recipe import Recipe
+from vpgtrans.recipe import Recipe, parse_source
 from vpgtrans.references import resolve
 from vpgtrans.runs.answers import answer
 from vpgtrans.runs.parts import (
@@ -52,7 +51,7 @@ def evaluate(
     vlm: str,
     *,
     data: list[str],
-    columns: Mapping[str, str] | None = None,
+    keys: Mapping[str, Any] | None = None,
     samples: int | None = None,
     max_new_tokens: int = 32,
     device: str = "auto",
@@ -60,7 +59,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
 
-    columns: names of the data sets' columns, as in a recipe's data source.
+    keys: more of each data source, as in a recipe, such as the names of its columns.
 
     Raises:
         DataError: a data set doesn't open. ReferenceError_, CheckpointError: the VLM.
@@ -68,8 +67,8 @@ def evaluate(
     sets = {}
     for name in data:
         dataset, split = _dataset_and_split(name)
-        source = DataSource.model_validate({"dataset": dataset, "split": split, "limit": samples, **(columns or {})})
-        sets[name] = open_mixture([source])
+        named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
+        sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
     opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
     found: dict[str, dict[str, Any]] = {}
     for name, mixture in sets.items():
