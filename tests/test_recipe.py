@@ -372,3 +372,23 @@ def test_reading_recipes_imports_no_torch() -> None:
     code = "import sys, vpgtrans.recipe; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"dataset": "a.parquet", "caption": "text"},
+        {"dataset": "a.parquet", "question": "q", "answer": "a"},
+        {"dataset": "a.jsonl", "conversation": "said"},
+        {"dataset": "a.jsonl", "document": "texts", "image": "pictures"},
+        {"dataset": "a.jsonl", "text": "body"},
+        {"dataset": "a.json", "format": "llava", "folder": "images"},
+        {"dataset": "q.json", "format": "vqa", "annotations": "a.json", "image": "{image_id:012d}.jpg"},
+        {"dataset": "hf:org/name", "streaming": True},
+        {"dataset": "a.parquet", "filter": "kept.parquet"},
+    ],
+    ids=lambda source: "-".join(source),
+)
+def test_every_kind_of_source_is_written_out_so_that_it_loads_again(tmp_path: Path, source: dict[str, object]) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), {"data.train": [source]})
+    assert load_recipe(write(tmp_path, dump(recipe))) == recipe

@@ -131,7 +131,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as a recipe's source has."""
+    """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as in a recipe."""
     from vpgtrans import runs
 
     return runs.evaluate(

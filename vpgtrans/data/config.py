@@ -34,8 +34,8 @@ class DataSource(Config):
     # What a row's columns (or keys) hold. Which of them are given says what a sample is.
     image: str = "image"
     """Image: bytes, base64, a path, or what `datasets` decodes; a list of them where a sample has several."""
-    caption: str = "caption"
-    """A caption: a string, or a list of them, of which the first is learnt."""
+    caption: str | None = None
+    """A caption: a string, or a list of them, of which the first is learnt; `caption` where nothing else is named."""
     question: str | None = None
     """A question about the image (or without one); `answer` then holds what is learnt."""
     answer: str | None = None
@@ -53,9 +53,8 @@ class DataSource(Config):
     def _one_kind(self) -> "DataSource":
         if (self.question is None) != (self.answer is None):
             raise ValueError("question and answer name two columns that belong together; give both")
-        given = [name for name in ("question", "conversation", "document", "text") if getattr(self, name) is not None]
-        if "caption" in self.model_fields_set:
-            given.insert(0, "caption")
+        kinds = ("caption", "question", "conversation", "document", "text")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: a sample is one of these; give one")
         if self.annotations is not None and self.format != "vqa":

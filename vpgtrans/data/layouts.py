@@ -37,7 +37,7 @@ def columns_of(source: DataSource) -> dict[str, str]:
     """What a layout needs of a record: {key of the recipe: column}. Images may be missing in all but captions."""
     layout = layout_of(source)
     needed = {"caption": ["image", "caption"], "question": ["question", "answer"]}.get(layout, [layout])
-    return {name: getattr(source, name) for name in needed}
+    return {name: getattr(source, name) or name for name in needed}
 
 
 def parse(record: Mapping[str, Any], source: DataSource) -> Parsed:
@@ -72,7 +72,8 @@ def _check_characters(texts: Sequence[str]) -> None:
 
 def _caption(record: Mapping[str, Any], source: DataSource) -> Parsed:
     images = _images(record[source.image], source.image)
-    captions = _texts(record[source.caption], source.caption)
+    column = columns_of(source)["caption"]
+    captions = _texts(record[column], column)
     if not captions:
         raise Dropped("no caption")
     if not images:
