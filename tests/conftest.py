@@ -80,6 +80,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Tiny"]:
 
 
 @pytest.fixture(scope="module")
+def finished(tiny: "Tiny") -> Path:
+    """A run of `tiny.transfer_recipe()`."""
+    from vpgtrans import runs
+
+    return runs.transfer(tiny.transfer_recipe(), output=tiny.root / "finished", device="cpu")
+
+
+@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoder and LLM of `tiny_training`, made anew for each test file."""
     from tiny_training import make_models

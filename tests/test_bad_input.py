@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import invoke
 from PIL import Image
 from tiny import tiny_llm
 from tiny_runs import Tiny, build_tiny, source_keys, write_captions
 from tiny_vlms import tiny_llava
 
 from vpgtrans import recipe_file
-from vpgtrans.cli.root import cli
 
 GREEK = (
     "η γάτα κοιμάται στον κόκκινο καναπέ ενώ έξω βρέχει",
@@ -71,10 +70,6 @@ class Bench:
 def bench(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     return Bench(tiny, tmp_path)
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, arguments, prog_name="vpgtrans")
 
 
 def snapshot(directory: Path) -> dict[str, str]:

@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import invoke
 
 import vpgtrans
 from vpgtrans.cli.compare import rows
 from vpgtrans.cli.console import cell
-from vpgtrans.cli.root import VERBS, cli
+from vpgtrans.cli.root import VERBS
 from vpgtrans.errors import CheckpointError, DataError, IntegrityError, TrainingError, VpgTransError
 from vpgtrans.transfer.probe import ProbeRow
 
@@ -67,10 +67,6 @@ def recipe(tmp_path: Path) -> str:
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE, encoding="utf-8")
     return str(path)
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, arguments, prog_name="vpgtrans")
 
 
 def python(code: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:

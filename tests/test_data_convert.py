@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import invoke
 from PIL import Image
 
 from vpgtrans.cli.data_source import _OPTIONS
-from vpgtrans.cli.root import cli
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import fetched, open_dataset
@@ -93,12 +92,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["data", "convert", *map(str, arguments)])
-
-
 def converted(*arguments: str | Path) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
+    result = invoke("data", "convert", *arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["rows"] == found["written"] + found["quarantined"] + found["dropped"]
@@ -137,7 +132,7 @@ def test_the_printed_yaml_reads_it_back(tmp_path: Path):
     file = write(tmp_path / "in", LAYOUTS["question"][1])
     out = tmp_path / "a name: with signs"
     arguments = ("--question", "question", "--answer", "answer", "--split", "val", "--to", "parquet")
-    result = invoke(file, out, *arguments)
+    result = invoke("data", "convert", file, out, *arguments)
     assert result.exit_code == 0, result.output
     recipe = YAML(typ="safe").load(result.stdout.partition("in a recipe:\n")[2])
     (entry,) = recipe["data"]["train"]
@@ -213,7 +208,7 @@ def test_a_list_of_bad_rows_that_was_lost_twice_is_whole_again(tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Conversion, "_commit", stop)
-        assert invoke(*arguments).exit_code == 130
+        assert invoke("data", "convert", *arguments).exit_code == 130
     assert content(out) != whole
     converted(*arguments)
     assert content(out) == whole
@@ -257,18 +252,18 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path):
     file, out = spoiled(tmp_path / "in"), tmp_path / "out"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
-    refused = invoke(file, tmp_path / "other", "--to", "parquet")
+    refused = invoke("data", "convert", file, tmp_path / "other", "--to", "parquet")
     assert refused.exit_code == 2
     assert "holds notes.txt" in refused.output
 
     converted(file, out, "--to", "parquet", "--rows-per-shard", "5")
     before = content(out)
     (out / "stray.parquet").write_bytes(b"x")
-    stray = invoke(file, out, "--to", "parquet", "--rows-per-shard", "5")
+    stray = invoke("data", "convert", file, out, "--to", "parquet", "--rows-per-shard", "5")
     (out / "stray.parquet").unlink()
-    settings = invoke(file, out, "--to", "parquet", "--rows-per-shard", "6")
+    settings = invoke("data", "convert", file, out, "--to", "parquet", "--rows-per-shard", "6")
     file.write_text(file.read_text().replace("row 3", "row three"))
-    source = invoke(file, out, "--to", "parquet", "--rows-per-shard", "5")
+    source = invoke("data", "convert", file, out, "--to", "parquet", "--rows-per-shard", "5")
     for result, message in (
         (stray, "holds stray.parquet"),
         (settings, "begun with rows 5"),
@@ -284,7 +279,7 @@ def test_one_process_at_a_time(tmp_path: Path):
 
     file = write(tmp_path / "in", LAYOUTS["text"][1])
     with owned(tmp_path / "out"):
-        result = invoke(file, tmp_path / "out", "--text", "body", "--to", "parquet")
+        result = invoke("data", "convert", file, tmp_path / "out", "--text", "body", "--to", "parquet")
     assert result.exit_code == 2
     assert "another process" in result.output
 
@@ -297,11 +292,11 @@ def test_more_images_than_the_first_rows_have_are_named_with_the_remedy(tmp_path
 
 def test_nothing_to_write_and_nothing_to_write_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = write(tmp_path / "in", [{"image": "missing", "caption": "one"}])
-    empty = invoke(file, tmp_path / "out", "--to", "parquet")
+    empty = invoke("data", "convert", file, tmp_path / "out", "--to", "parquet")
     assert empty.exit_code == 2
     assert "none of its 1 rows" in empty.output
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    without = invoke(file, tmp_path / "tars", "--to", "webdataset")
+    without = invoke("data", "convert", file, tmp_path / "tars", "--to", "webdataset")
     assert without.exit_code == 2
     assert "vpgtrans[webdataset]" in without.output
     assert not (tmp_path / "tars").exists()
@@ -325,14 +320,18 @@ def test_shards_end_by_size(tmp_path: Path):
     rows = [{"body": "x" * 400} for _ in range(10)]
     file = write(tmp_path / "in", rows)
     assert converted(file, tmp_path / "out", "--text", "body", "--to", "parquet", "--shard-size", "1kB")["shards"] == 4
-    wrong = invoke(file, tmp_path / "out", "--text", "body", "--to", "parquet", "--shard-size", "big")
+    wrong = invoke(
+        "data", "convert", file, tmp_path / "out", "--text", "body", "--to", "parquet", "--shard-size", "big"
+    )
     assert wrong.exit_code == 2
     assert "256MB" in wrong.output
 
 
 def test_every_key_of_a_data_source_has_an_option(tmp_path: Path):
     assert set(DataSource.model_fields) - set(_OPTIONS) == {"dataset", "weight", "streaming"}
-    result = invoke(tmp_path / "x.jsonl", tmp_path / "out", "--to", "parquet", "--source", "{colunm: x}")
+    result = invoke(
+        "data", "convert", tmp_path / "x.jsonl", tmp_path / "out", "--to", "parquet", "--source", "{colunm: x}"
+    )
     assert result.exit_code == 2
     assert "colunm" in result.output
 
@@ -352,7 +351,7 @@ def test_a_malformed_manifest_is_no_conversion(tmp_path: Path):
     file, out = write(tmp_path / "in", LAYOUTS["text"][1]), tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "something else"}')
-    result = invoke(file, out, "--text", "body", "--to", "parquet")
+    result = invoke("data", "convert", file, out, "--text", "body", "--to", "parquet")
     assert result.exit_code == 2
     assert "no manifest of a conversion" in result.output
 
@@ -360,5 +359,5 @@ def test_a_malformed_manifest_is_no_conversion(tmp_path: Path):
 def test_a_missing_source_is_one_message(tmp_path: Path):
     with pytest.raises(DataError):
         open_dataset(DataSource(dataset=str(tmp_path / "none.jsonl")))
-    assert invoke(tmp_path / "none.jsonl", tmp_path / "out", "--to", "parquet").exit_code == 2
+    assert invoke("data", "convert", tmp_path / "none.jsonl", tmp_path / "out", "--to", "parquet").exit_code == 2
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
+from commands import invoke
 from PIL import Image, ImageDraw
 from tiny import SENTENCES, tiny_tokenizer
 from tiny_runs import Tiny, write_captions
 
 import vpgtrans as vt
-from vpgtrans.cli.root import cli
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.filter import run as run_module
 from vpgtrans.data.filter.build import plan
@@ -33,12 +32,8 @@ from vpgtrans.prompts import VISUAL
 NAN = float("nan")
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["data", "filter", *map(str, arguments)])
-
-
 def filtered(*arguments: str | Path) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
+    result = invoke("data", "filter", *arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["rows"] == sum(found[key] for key in ("kept", "left_out", "unreadable", "dropped"))
@@ -154,11 +149,11 @@ def test_scores_of_another_data_set_are_refused(tmp_path: Path):
     assert len(open_dataset(DataSource(dataset=str(data), text="body", filter=str(tmp_path / "s.parquet")))) == 10
     with pytest.raises(DataError, match="made for another data set"):
         open_dataset(DataSource(dataset=str(other), text="body", filter=str(tmp_path / "s.parquet")))
-    refused = invoke(other, *arguments)
+    refused = invoke("data", "filter", other, *arguments)
     assert refused.exit_code == 2
     assert "scores of another data set" in refused.output
     (tmp_path / "s.parquet").write_text("notes")
-    notes = invoke(data, *arguments)
+    notes = invoke("data", "filter", data, *arguments)
     assert notes.exit_code == 2
     assert (tmp_path / "s.parquet").read_text() == "notes"
 
@@ -236,7 +231,7 @@ def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
     assert table["keep"] == [True, False, True, True]
     assert table["column:by-id.parquet:dfn"] == [0.25, None, 0.25, 0.5]  # earlier scores stay
     write_table(tmp_path / "none.parquet", id=["x"], dfn=[1.0])
-    refused = invoke(*arguments, "--scorer", f"column:{tmp_path / 'none.parquet'}:dfn")
+    refused = invoke("data", "filter", *arguments, "--scorer", f"column:{tmp_path / 'none.parquet'}:dfn")
     assert refused.exit_code == 2
     assert "none of its `id`s" in refused.output
 
@@ -261,7 +256,7 @@ def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
 )
 def test_wrong_arguments_are_one_message(tmp_path: Path, arguments: list[str], message: str):
     data = texts(tmp_path / "data.parquet")
-    result = invoke(data, "--text", "body", "--scores", tmp_path / "s.parquet", *arguments)
+    result = invoke("data", "filter", data, "--text", "body", "--scores", tmp_path / "s.parquet", *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert result.output.count("error") == 1
@@ -432,9 +427,11 @@ def test_clip_gives_what_its_own_class_gives(tmp_path: Path):
 def test_a_model_that_is_no_clip_is_one_message(tmp_path: Path, tiny: Tiny):
     data = write_captions(tmp_path / "data.parquet", count=2)
     for model in (tiny.target_llm, tmp_path):
-        result = invoke(data, "--scores", tmp_path / "s.parquet", "--scorer", "clip", "--clip", model)
+        result = invoke("data", "filter", data, "--scores", tmp_path / "s.parquet", "--scorer", "clip", "--clip", model)
         assert result.exit_code == 2, result.output
-    wrong = invoke(data, "--scores", tmp_path / "s.parquet", "--scorer", "vlm-loss", "--vlm", tiny.target_llm)
+    wrong = invoke(
+        "data", "filter", data, "--scores", tmp_path / "s.parquet", "--scorer", "vlm-loss", "--vlm", tiny.target_llm
+    )
     assert wrong.exit_code == 2
     assert "no VLM directory" in wrong.output
 
