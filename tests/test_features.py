@@ -19,10 +19,10 @@ from tiny_training import (
 
 from vpgtrans.config import AugmentConfig
 from vpgtrans.errors import TrainingError
-from vpgtrans.training.features import FeatureCache, FrozenFront, Unreadable
+from vpgtrans.training.features import FeatureCache, FrozenFront
 from vpgtrans.training.fit import boundary
 from vpgtrans.training.module import StageModule
-from vpgtrans.training.samples import BadSamples
+from vpgtrans.training.samples import BadSamples, Unreadable
 
 # --- unreadable images --------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def test_unreadable_images_are_skipped_and_listed(root, tmp_path, cached):
     vlm = build_vlm(root)
     batches = mixtures()["train"].batches(0, batch_size=28)
     taught = [int(row) for row in next(batches) if row not in (2, 5)]
-    assert result.text_tokens == sum(vlm.splice.prompter.answer_length(pictures.captions[row]) for row in taught)
+    assert result.text_tokens == sum(vlm.splice.prompter.encode(pictures.captions[row]).answers for row in taught)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -91,7 +91,7 @@ def test_a_run_that_was_allowed_to_go_on_is_allowed_to_resume(root, tmp_path, mo
 def test_how_many_unreadable_images_are_too_many():
     def bad_among(seen: int, bad: int, *, expected: int) -> BadSamples:
         counted = BadSamples(0.01, expected=expected)
-        counted.note([Unreadable(f"s{row}", "damaged") for row in range(bad)], seen=seen)
+        counted.note([Unreadable(("train", row), f"s{row}", "damaged") for row in range(bad)], seen=seen)
         return counted
 
     bad_among(4, 2, expected=200)
@@ -110,7 +110,7 @@ def test_how_many_unreadable_images_are_too_many():
 
 def test_rows_of_the_same_id_are_counted_each():
     counted = BadSamples(1.0)
-    rows = [Unreadable("same", f"a.jsonl, line {line}: no image", dropped=line > 2) for line in (1, 2, 2, 3, 4)]
+    rows = [Unreadable(("train", line), "same", "no image", dropped=line > 2) for line in (1, 2, 2, 3, 4)]
     counted.note(rows, seen=9)
     counted.note(rows)  # seen again in the next epoch
     assert (len(counted.bad), len(counted.dropped), counted.left_out) == (2, 2, 4)
@@ -158,10 +158,14 @@ def test_what_is_there_is_not_computed_again(root, tmp_path, monkeypatch):
     image = Pictures.image
     monkeypatch.setattr(Pictures, "image", lambda self, index: opened.append(index) or image(self, index))
     cache.ensure(range(7))
-    assert opened == [5, 6]
-    assert [(entry.id, entry.reason) for entry in cache.unreadable(range(7))] == [
-        ("s0-03", "pictures, row 3: 8 bytes of image data: not a readable image (of no format that Pillow knows)")
-    ]
+    assert opened == [3, 5, 6]  # what could not be read may be there by now
+    reason = "pictures, row 3: 8 bytes of image data: not a readable image (of no format that Pillow knows)"
+    assert cache.unreadable(range(7)) == {3: reason}
+    monkeypatch.setattr(Pictures, "image", lambda self, index: image(self, 0))
+    later = FeatureCache(pictures, FrozenFront(vlm.vpg, "tokens"), directory=tmp_path)
+    later.ensure(range(7))
+    assert later.unreadable(range(7)) == {}
+    assert torch.equal(later[[3]], later[[0]])
 
 
 def test_a_killed_computation_leaves_no_row_that_looks_whole(root, tmp_path):

@@ -219,11 +219,11 @@ def test_what_is_left_out_is_listed_and_counts_add_up(tmp_path, workers):
     used = {name for batch in data for name in batch.ids}
     bad = data.samples.bad
     name = f"{tmp_path}/rows.jsonl"
-    assert {key: reason.removeprefix(name) for key, reason in bad.bad.items()} == {
+    assert {entry.id: entry.reason.removeprefix(name) for entry in bad.bad.values()} == {
         f"{name}/5": ", line 6: no valid JSON (Expecting value: line 1 column 11 (char 10))",
         f"{name}/11": f", line 12: {tmp_path}/absent.png: No such file or directory",
     }
-    assert bad.dropped == {f"{name}/12": f"{name}, line 13: no caption"}
+    assert {entry.id: entry.reason for entry in bad.dropped.values()} == {f"{name}/12": f"{name}, line 13: no caption"}
     assert (bad.seen, len(used)) == (ROWS, ROWS - 3)
     assert bad.seen == len(used) + bad.left_out
 
@@ -277,6 +277,16 @@ def test_ctrl_c_reaches_every_process_and_leaves_loading_to_the_first(two):
     assert_same(found + list(batches), expected)
 
 
+def test_what_goes_wrong_in_a_process_comes_through_as_it_is(two, monkeypatch):
+    def broken(self, rows, *, positions=None):
+        raise RuntimeError("boom: a bug")
+
+    monkeypatch.setattr(Samples, "load", broken)
+    with pytest.raises(RuntimeError, match="boom: a bug"):
+        list(updates(two, workers=2, stop=3))
+    assert multiprocessing.active_children() == []
+
+
 def test_a_killed_process_is_one_clear_error(two):
     batches = iter(updates(two, workers=2, stop=500))
     next(batches)
@@ -303,7 +313,7 @@ def test_features_are_computed_from_other_processes_alike(root, tmp_path):
     readable = [row for row in range(12) if row not in (3, 7)]
     assert torch.equal(caches[0][readable], caches[1][readable])
     assert caches[0].unreadable(range(12)) == caches[1].unreadable(range(12))
-    assert [Path(entry.id).name for entry in caches[1].unreadable(range(12))] == ["3"]
+    assert list(caches[1].unreadable(range(12))) == [3]
     assert multiprocessing.active_children() == []
 
 

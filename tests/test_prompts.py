@@ -442,7 +442,7 @@ def test_whole_exchanges_are_dropped_first_then_the_first_answers_end(
     fitting = [prefix for prefix in prefixes if len(prefix) <= limit]
     question = len(whole.question(turns[:1]))
     if not fitting and question >= limit:
-        with pytest.raises(TooLong, match=f"{question} come before the answer; at most {limit} are allowed"):
+        with pytest.raises(TooLong, match=f"{question} of them before the answer; {limit} are allowed: too long"):
             cutting.encode(turns)
         return
     encoded = cutting.encode(turns)
@@ -553,3 +553,32 @@ def test_gemma_3_takes_captions_plainly_and_conversations_in_its_familys_templat
     assert shown(chat, encoded.ids) == text.removesuffix("\n")
     assert learnt(chat, encoded) == [f"{turn.text}<end_of_turn>" for turn in SEVERAL if turn.role == "assistant"]
     assert chat.ends == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+
+
+@pytest.mark.parametrize("family", [None, *FAMILIES])
+def test_an_image_where_none_can_stand_is_refused(family: str | None) -> None:
+    prompter = plain() if family is None else prompter_of(family)
+    with pytest.raises(DataError, match=r"2 times <image>, of which 1 can be places of images"):
+        prompter.encode([Turn("user", "<image>what?"), Turn("assistant", "an <image> of a cat")])
+
+
+def test_the_first_token_of_all_is_never_counted() -> None:
+    prompter = prompter_of("chatml")
+    prompter.tokenizer.bos_token = None  # as Qwen's
+    assert prompter.tokenizer.bos_token_id is None
+    encoded = prompter.encode([Turn("assistant", "only words")])
+    assert encoded.answer.tolist() == [False] + [True] * (len(encoded) - 1)
+
+
+def test_question_and_request_have_no_place_for_images() -> None:
+    for keys in ({"question": "<image>{question}"}, {"request": "<image>Say it."}):
+        with pytest.raises(ValueError, match="question and request hold no <image>"):
+            PromptConfig(**keys)
+
+
+def test_a_question_leaves_room_for_its_answer() -> None:
+    turns = [Turn("user", "<image>what is this?")]
+    length = len(plain().question(turns))
+    assert len(plain(limit=length + 5).question(turns, room=5)) == length
+    with pytest.raises(TooLong, match=f"{length} tokens before an answer of 6, where {length + 5} are allowed"):
+        plain(limit=length + 5).question(turns, room=6)

@@ -1,5 +1,6 @@
 """A stage of training: what changes and what does not, batches, losses, rates, bad images, the frozen front's cache."""
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -397,17 +398,37 @@ def test_devices_share_the_validation_set(root, monkeypatch, world):
     assert sums[0] / weights[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_batch_or_validation_set_without_a_readable_image_stops_the_run(root, tmp_path):
+def test_a_batch_of_which_nothing_is_left_changes_nothing_and_the_run_goes_on(root, tmp_path):
     entry = [{"dataset": "unused"}]
     lenient = {"data": {"train": entry, "validation": entry, "max_bad_fraction": 1.0}}
     stage = {**WARMUP, "cache_features": False}
     first = [int(row) for row in next(mixtures()["train"].batches(0, batch_size=4))]
-    with pytest.raises(TrainingError, match=r"stage warmup, update 1: no sample of this batch is readable: s0-\d\d, "):
-        train(build_vlm(root), make_recipe([stage], **lenient), tmp_path / "train", unreadable=first)
-    blind = mixtures()["train"], Mixture([(Pictures(2, seed=1, unreadable=[0, 1]), 1.0)])
+    vlm = build_vlm(root)
+    with pytest.MonkeyPatch.context() as patch:
+        states = []
+        step = StageModule.training_step
+
+        def watched(self, batch, batch_idx):
+            before = {name: tensor.clone() for name, tensor in all_tensors(vlm).items()}
+            step(self, batch, batch_idx)
+            states.append((len(batch), bool(differing(before, all_tensors(vlm)))))
+
+        patch.setattr(StageModule, "training_step", watched)
+        (result,) = train(vlm, make_recipe([stage], **lenient), tmp_path / "train", unreadable=first)
+    assert states[0] == (0, False)
+    assert all(changed for size, changed in states if size)
+    assert result.updates == len(states) == 6
+    counts = json.loads((tmp_path / "train" / "data.json").read_text())
+    assert (counts["quarantined"], counts["used"]) == (4, counts["seen"] - 4)
+
+
+def test_a_validation_set_without_a_readable_image_stops_the_run(root, tmp_path):
+    entry = [{"dataset": "unused"}]
+    lenient = {"data": {"train": entry, "validation": entry, "max_bad_fraction": 1.0}}
+    blind = Mixture([(Pictures(2, seed=1, unreadable=[0, 1]), 1.0)])
     with pytest.raises(TrainingError, match="no validation sample is readable"):
-        run_stages(build_vlm(root), make_recipe([stage], **lenient), RunDirectory(tmp_path), train=blind[0],
-                   validation=blind[1], resume=False)  # fmt: skip
+        run_stages(build_vlm(root), make_recipe([{**WARMUP, "cache_features": False}], **lenient),
+                   RunDirectory(tmp_path), train=mixtures()["train"], validation=blind, resume=False)  # fmt: skip
 
 
 # --- budgets and order --------------------------------------------------------------------------

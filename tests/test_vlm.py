@@ -93,7 +93,7 @@ def test_padding_changes_nothing(path):
     together, rows = splice.token_nll(prompts, ANSWERS)
     for row, answer in enumerate(ANSWERS):
         alone, _ = splice.token_nll(prompts[row : row + 1], [answer])
-        assert len(alone) == splice.prompter.answer_length(answer)
+        assert len(alone) == splice.prompter.encode(answer).answers
         torch.testing.assert_close(together[rows == row], alone, atol=2e-5, rtol=0)
 
 
@@ -125,7 +125,7 @@ def test_the_head_runs_at_answer_positions_only(path):
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     nll, _ = splice.token_nll(random_prompts(llm), ANSWERS)
     handle.remove()
-    tokens = sum(splice.prompter.answer_length(answer) for answer in ANSWERS)
+    tokens = sum(splice.prompter.encode(answer).answers for answer in ANSWERS)
     assert seen == [torch.Size([1, tokens, head.out_features])]
     assert len(nll) == tokens
     assert head._forward_pre_hooks == before  # nothing stays behind

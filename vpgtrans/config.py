@@ -238,6 +238,8 @@ class PromptConfig(Config):
     def _one_image(self) -> "PromptConfig":
         if self.template.count("<image>") != 1:
             raise ValueError("the template must hold <image> exactly once")
+        if "<image>" in self.question + self.request:
+            raise ValueError("question and request hold no <image>: images stand before them")
         if "{question}" not in self.question:
             raise ValueError("question must hold {question}: the place of the user's words")
         return self

@@ -28,6 +28,9 @@ _ANCHORS = ("\n", ":", "0")
 # Private-use characters, which no template touches, mark places in a rendered conversation.
 _ANSWER, _END, _PICTURE = "\ue000", "\ue001", "\ue002"
 
+TOO_LONG = "too long"
+"""The rule by which a sample is left out."""
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -134,22 +137,29 @@ class Prompter:
         kept = whole.answer[:end]
         if not kept.any():
             raise TooLong(
-                f"{len(whole)} tokens, of which {first} come before the answer; at most {self.max_tokens} are allowed"
+                f"{len(whole)} tokens, {first} of them before the answer; {self.max_tokens} are allowed: {TOO_LONG}"
             )
         images = int((whole.ids[:end] == VISUAL).sum()) // max(1, self.visual_tokens)
         return Encoded(whole.ids[:end], kept, images, cut="answer")
 
-    def question(self, turns: Sequence[Turn]) -> np.ndarray:
-        """What stands before an answer, int64 [L]: the same ids as in training."""
-        return np.array([token for piece, _ in self._pieces([*turns, Turn("assistant", "")]) for token in piece])
+    def question(self, turns: Sequence[Turn], *, room: int = 0) -> np.ndarray:
+        """What stands before an answer, int64 [L]: the same ids as in training.
+
+        room: tokens that the answer may take.
+
+        Raises:
+            TooLong: question and answer together are longer than the LLM takes.
+        """
+        ids = np.array([token for piece, _ in self._pieces([*turns, Turn("assistant", "")]) for token in piece])
+        if self.max_tokens is not None and len(ids) + room > self.max_tokens:
+            raise TooLong(
+                f"{len(ids)} tokens before an answer of {room}, where {self.max_tokens} are allowed: {TOO_LONG}"
+            )
+        return ids
 
     def template(self, text: str) -> np.ndarray:
         """A template with `<image>` as it stands, int64 [L]; what `write` goes on from."""
         return np.array(self._with_start([token for piece in self._around_images(text) for token in piece]))
-
-    def answer_length(self, text: Text) -> int:
-        """Tokens that the loss counts."""
-        return self.encode(text).answers
 
     # --- pieces ---------------------------------------------------------------------------------
 
@@ -157,7 +167,12 @@ class Prompter:
         pieces = list(self._pieces(turns))
         ids = np.array([token for piece, _ in pieces for token in piece], dtype=np.int64)
         counts = np.array([counted for piece, counted in pieces for _ in piece], dtype=bool)
-        return Encoded(ids, counts & (ids != VISUAL), sum(turn.text.count(IMAGE) for turn in turns))
+        counts[:1] = False  # nothing stands before it, so nothing predicts it
+        places, stated = int((ids == VISUAL).sum()), count_images(turns)
+        if places != stated * self.visual_tokens:
+            raise DataError(f"{stated} times {IMAGE}, of which {places // self.visual_tokens} can be places of images; "
+                            "right would be in a user's turn or a document")  # fmt: skip
+        return Encoded(ids, counts & (ids != VISUAL), stated)
 
     def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
         """Stretches of ids, and whether the loss counts them. An empty last answer is where an answer is to begin."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig
-from vpgtrans.errors import TransferError
+from vpgtrans.errors import DataError, TransferError
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
@@ -68,7 +68,7 @@ class Splice:
             real[row, : len(text)] = True
         device = self.device
         return Spliced(
-            embeddings=self._embed(tokens[:, :-1].to(device), prompts),
+            embeddings=self._embed(tokens.to(device), prompts)[:, :-1],
             attention_mask=real[:, 1:].long().to(device),
             predicts=answer[:, 1:].to(device),
             targets=tokens[:, 1:][answer[:, 1:]].to(device),
@@ -76,7 +76,13 @@ class Splice:
         )
 
     def _embed(self, tokens: Tensor, prompts: Tensor) -> Tensor:
-        """Ids [B, L], `VISUAL` where prompts [n, T, d] go in order -> [B, L, d] in the LLM's dtype."""
+        """Ids [B, L], `VISUAL` where prompts [n, T, d] go in order -> [B, L, d] in the LLM's dtype.
+
+        Raises:
+            ValueError: there are more or fewer places than visual tokens; a wrong image would go to every later row.
+        """
+        if (places := int((tokens == VISUAL).sum())) != prompts.shape[0] * prompts.shape[1]:
+            raise ValueError(f"{prompts.shape[0]} images of {prompts.shape[1]} tokens for {places} places")
         visual = tokens == VISUAL
         words = self.llm.embed(tokens.masked_fill(visual, 0))
         if not prompts.numel():
@@ -187,6 +193,8 @@ class VLM(nn.Module):
     def question(self, prompt: str | None) -> np.ndarray:
         """Ids [L] of what stands before an answer about one image, see `generate`."""
         prompter = self.splice.prompter
+        if prompt is not None and prompt.count(IMAGE) > 1:
+            raise DataError(f"{prompt!r} holds {IMAGE} {prompt.count(IMAGE)} times; right would be once, or not at all")
         if prompt is not None and IMAGE in prompt:
             return prompter.template(prompt)
         return prompter.question([Turn("user", f"{IMAGE}\n{prompt}" if prompt else IMAGE)])

@@ -85,7 +85,9 @@ def _readable(summary: Mapping[str, Any]) -> dict[str, Any]:
         "first projector": summary["initialiser"],
         "validation loss": f"{summary['val_loss']:.3f} nats a token",
         "held-out captions": f"token F1 {metrics['token_f1']:.2f}, exact {metrics['exact_match']:.0%}, "
-        f"CIDEr {metrics['cider']:.2f} ({metrics['count']} images)",
+        f"CIDEr {metrics['cider']:.2f} ({metrics['count']} images)"
+        if metrics["count"]
+        else None,
         "time": _time(summary["seconds"]),
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB",
     }

@@ -2,13 +2,11 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-from PIL import Image
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture, open_mixture
@@ -20,7 +18,7 @@ from vpgtrans.processes import first_process
 from vpgtrans.progress import data_table
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
-from vpgtrans.runs.answers import answer
+from vpgtrans.runs.answers import Answers, answer
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import check_run, create_run
 from vpgtrans.runs.parts import check_references, flushed_denormals, open_source, pick_device, readable
@@ -104,9 +102,10 @@ def _journey(
     run.write("initialisers.json", start.table)
     run.write(_START, start.to_json())
     order = np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]
-    shown, images = readable(validation, [int(row) for row in order])
+    shown, _ = readable(validation, [int(row) for row in order])
     first = first_process()
-    before = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens) if first else []
+    length = recipe.evaluation.max_new_tokens
+    before = answer(vlm, validation, shown if first else [], max_new_tokens=length)
     lineage = _lineage(recipe, start)
     run.write("lineage.json", lineage)
     results = run_stages(
@@ -122,15 +121,15 @@ def _journey(
     start_span()  # what comes now is no stage's
     if not first:
         return path  # it was started to train along; the rest is the first one's
-    after = vlm.generate(images, max_new_tokens=recipe.evaluation.max_new_tokens)
-    run.write("samples.json", _samples(validation, shown, images, before, after))
+    after = answer(vlm, validation, before.rows, max_new_tokens=length)
+    run.write("samples.json", _samples(validation, before, after))
     scored = range(min(recipe.evaluation.samples, len(validation)))
-    said = answer(vlm, validation, scored, max_new_tokens=recipe.evaluation.max_new_tokens)
+    said = answer(vlm, validation, scored, max_new_tokens=length)
     summary = {
         "name": recipe.name,
         "initialiser": start.initialisation.name,
         "val_loss": results[-1].val_loss,
-        "metrics": score(said.predictions, said.references),
+        "metrics": score(said.predictions, said.references) if said.predictions else {"count": 0},
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
         "seconds": clock(),
@@ -181,16 +180,19 @@ def _converter_bill(start: Start) -> dict[str, Any]:
     }
 
 
-def _samples(
-    mixture: Mixture, rows: Sequence[int], images: Sequence[Image.Image], before: list[str], after: list[str]
-) -> list[dict[str, Any]]:
+def _samples(mixture: Mixture, before: Answers, after: Answers) -> list[dict[str, Any]]:
+    """Samples with a picture for the report."""
+    rows, images = readable(mixture, after.rows)
+    pictures = dict(zip(rows, images, strict=True))
     return [
         {
             "id": mixture.id(row),
-            "image": thumbnail(image),
-            "reference": mixture.caption(row),
+            "image": thumbnail(pictures[row]),
+            "reference": right[0],
             "before": was,
             "after": now,
         }
-        for row, image, was, now in zip(rows, images, before, after, strict=True)
+        for row, right, was, now in zip(
+            after.rows, after.references, before.predictions, after.predictions, strict=True
+        )
     ]

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -211,55 +211,65 @@ def check_references(recipe: Recipe) -> None:
 
 
 def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:
-    """Those of the given rows that have one image which can be read, and the images; damaged ones are logged."""
+    """Those of the given rows that have an image which can be read, and their first images; damaged ones are logged."""
     kept: list[int] = []
     images: list[Image.Image] = []
     for row in rows:
+        source, index = mixture.locate(int(row))
         try:
-            images.append(mixture.image(row))
+            sample = source.sample(index)
+            opened = source.open(replace(sample, images=sample.images[:1]))
         except Dropped:
             continue
         except DataError as error:
             _LOGGER.warning("skipped: %s", error)
         else:
-            kept.append(row)
+            kept += [row] * len(opened)
+            images += opened
     return kept, images
 
 
 @torch.no_grad()
-def measure_inputs(vpg: VPG, mixture: Mixture, rows: Sequence[int]) -> None:
-    """Have a new connector measure the patches of some images, if it is made for that.
+def measure_inputs(vpg: VPG, mixture: Mixture, rows: Sequence[int], *, count: int) -> None:
+    """Have a new connector measure the patches of `count` images among some samples, if it is made for that.
 
     Raises:
         DataError: none is readable.
     """
     if isinstance(vpg.connector, QueryConnector) and vpg.connector.mean is not None:
-        features, _ = _through(vpg.encode, vpg, mixture, rows)
+        features, _ = _through(vpg.encode, vpg, mixture, rows, count)
         vpg.connector.measure(features.to(vpg.connector.mean.device))
 
 
 @torch.no_grad()
-def visual_tokens(vpg: VPG, mixture: Mixture, rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """Visual tokens [n, T, d_vpg] of the readable ones of some images, float32 on the CPU; and which rows these are.
+def visual_tokens(vpg: VPG, mixture: Mixture, rows: Sequence[int], *, count: int) -> tuple[torch.Tensor, list[int]]:
+    """Visual tokens [n, T, d_vpg] of the first images of `count` among some samples, float32 on the CPU; and which.
 
     Raises:
         DataError: none is readable.
     """
-    return _through(vpg, vpg, mixture, rows)
+    return _through(vpg, vpg, mixture, rows, count)
 
 
 def _through(
-    compute: Callable[[torch.Tensor], torch.Tensor], vpg: VPG, mixture: Mixture, rows: Sequence[int]
+    compute: Callable[[torch.Tensor], torch.Tensor], vpg: VPG, mixture: Mixture, rows: Sequence[int], count: int
 ) -> tuple[torch.Tensor, list[int]]:
     parameter = next(vpg.parameters())
-    found, kept = [], []
+    found: list[torch.Tensor] = []
+    kept: list[int] = []
     for start in range(0, len(rows), 16):
         some, images = readable(mixture, rows[start : start + 16])
+        some, images = some[: count - len(kept)], images[: count - len(kept)]
         if some:
             pixels = torch.stack([vpg.transform(image) for image in images])
             found.append(compute(pixels.to(parameter.device, parameter.dtype)).float().cpu())
             kept += some
+        if len(kept) == count:
+            break
     if not found:
         names = ", ".join(mixture.id(row) for row in rows[:5])
-        raise DataError(f"none of {len(rows)} images can be read (samples {names}, …); look at `image` of the data set")
+        raise DataError(
+            f"none of {len(rows)} images can be read, or there are none (samples {names}, …); look at `image` of the "
+            "data set"
+        )
     return torch.cat(found), kept

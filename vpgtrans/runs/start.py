@@ -10,6 +10,7 @@ import torch
 
 from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.errors import DataError
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import trainable_table
@@ -91,8 +92,8 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     if source.vpg.encoder.reference_sha256 is not None:  # one that the VLM carries itself is written back as it was
         source.vpg.encoder.to(encoder_dtype(recipe, device))
     if source.projector is None:
-        measure_inputs(source.vpg, train, _sample(train))
-    tokens, rows = visual_tokens(source.vpg, train, _sample(train))
+        measure_inputs(source.vpg, train, _sample(train), count=SCORING_IMAGES)
+    tokens, rows = visual_tokens(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
     context = Context(
@@ -121,7 +122,7 @@ def score_others(
     slow = slow_candidates(config, context)
     vpg = fresh_connector(prepared.source.vpg, seed=recipe.seed).to(prepared.device)
     fresh = replace(prepared, source=replace(prepared.source, vpg=vpg))
-    tokens, rows = visual_tokens(vpg, train, _sample(train))
+    tokens, rows = visual_tokens(vpg, train, _sample(train), count=SCORING_IMAGES)
     context = replace(context, visual_tokens=tokens, captions=[train.caption(row) for row in rows])
     random = config.model_copy(update={"kind": "random"})
     found = probe([random], context, scoring=_scoring(recipe, fresh, validation, each))
@@ -130,22 +131,32 @@ def score_others(
 
 
 def _sample(train: Mixture) -> list[int]:
-    """The images on which initialisers are calibrated."""
-    return train.some(SCORING_IMAGES, seed=0)
+    """Samples among which are the images on which initialisers are calibrated; not all may have one."""
+    return train.some(8 * SCORING_IMAGES, seed=0)
 
 
 def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture, each: Each = None) -> Scoring:
     context = prepared.context
-    rows = validation.some(SCORING_IMAGES, seed=2)
-    tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows)
-    return Scoring(
-        caption_nll=Splice(prepared.llm, prepared.prompt, visual_tokens=tokens.shape[1]).caption_nll,
-        visual_tokens=tokens,
-        captions=[validation.sample(row).text for row in held_out],
-        copy_test=CopyTest(context.source, prepared.llm) if context.source is not None else None,
-        seed=recipe.seed,
-        each=(lambda row: each(row.to_json())) if each is not None else None,
-    )
+    common: dict[str, Any] = {
+        "copy_test": CopyTest(context.source, prepared.llm) if context.source is not None else None,
+        "seed": recipe.seed,
+        "each": (lambda row: each(row.to_json())) if each is not None else None,
+    }
+    splice = Splice(prepared.llm, prepared.prompt, visual_tokens=prepared.source.vpg.tokens)
+    rows = [row for row in validation.some(8 * SCORING_IMAGES, seed=2) if _of_one_image(validation, row, splice)]
+    if not rows:
+        return Scoring(**common)
+    tokens, held_out = visual_tokens(prepared.source.vpg, validation, rows, count=SCORING_IMAGES)
+    captions = [validation.sample(row).text for row in held_out]
+    return Scoring(caption_nll=splice.caption_nll, visual_tokens=tokens, captions=captions, **common)
+
+
+def _of_one_image(mixture: Mixture, row: int, splice: Splice) -> bool:
+    """Whether a sample is well-formed and, as far as the LLM takes it, has one image."""
+    try:
+        return splice.prompter.encode(mixture.sample(row).text).images == 1
+    except DataError:
+        return False
 
 
 def begin(recipe: Recipe, prepared: Prepared, validation: Mixture, *, earlier: dict[str, Any] | None = None) -> Start:

@@ -136,13 +136,13 @@ def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
         "used": bad.seen - bad.left_out,
         "quarantined": len(bad.bad),
         "dropped": len(bad.dropped),
-        "rules": dict(Counter(reason.rpartition(": ")[2] for reason in bad.dropped.values())),
+        "rules": dict(Counter(entry.reason.rpartition(": ")[2] for entry in bad.dropped.values())),
     }
     run.write("data.json", counts)
     if bad.left_out:
         _LOGGER.info("samples: %(seen)d seen, %(used)d used, %(quarantined)d bad, %(dropped)d left out by rule", counts)
     if bad.listed:
-        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in bad.listed.items()]
+        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for reason, name in bad.listed.items()]
         (run.path / "quarantine.jsonl").write_text("".join(lines))
 
 
@@ -151,4 +151,4 @@ def _read_skipped(run: RunDirectory) -> dict[str, str]:
         lines = [json.loads(line) for line in (run.path / "quarantine.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return {}  # none so far, or the process was killed while it wrote: they will be met again
-    return {line["id"]: line["reason"] for line in lines}
+    return {line["reason"]: line["id"] for line in lines}

@@ -76,8 +76,9 @@ def evaluate(
         if not said.predictions:
             raise DataError(f"{name}: none of its {len(mixture)} samples can be read and asked about")
         found[name] = {"val_loss": said.nll / said.tokens, **score(said.predictions, said.references)}
-        if said.unreadable:
-            found[name]["unreadable"] = said.unreadable
+        for what, count in (("unreadable", said.unreadable), ("dropped", said.dropped)):
+            if count:
+                found[name][what] = count
     return found
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -50,16 +50,6 @@ class Images(Protocol):
 
     def reopen(self) -> None:
         """In a process that was forked, see `Rows.reopen`."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A sample that was skipped, and why."""
-
-    id: str
-    reason: str
-    dropped: bool = False
-    """By a stated rule, not because it is damaged."""
 
 
 class FrozenFront:
@@ -155,7 +145,7 @@ class FeatureCache:
     """A memory-mapped array of one row an image, filled as rows are asked for.
 
     A row's flag is written after the row itself has reached the disk, so a killed process leaves no half row that is
-    taken for whole. Unreadable images are remembered with their reason.
+    taken for whole. Unreadable images are tried again by the next session.
     """
 
     def __init__(self, images: Images, front: FrozenFront, *, directory: Path | None = None):
@@ -182,8 +172,9 @@ class FeatureCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.directory / "lock")):
             flags = self._flags()
-            todo = [row for row in sorted(set(rows)) if flags[row] == _MISSING]
-            self._load_reasons()
+            # What an earlier session could not read may be there by now: a network comes back, a file is mended.
+            again = (_MISSING, _UNREADABLE)
+            todo = [row for row in sorted(set(rows)) if flags[row] in again and row not in self._reasons]
             if not todo:
                 return
             _LOGGER.info("computing %s of %d images into %s", title, len(todo), self.directory)
@@ -196,9 +187,9 @@ class FeatureCache:
             finally:
                 loader.close()
 
-    def unreadable(self, rows: Sequence[int]) -> list[Unreadable]:
-        """Those of the given rows that can't be read."""
-        return [Unreadable(self.images.id(row), self._reasons[row]) for row in rows if row in self._reasons]
+    def unreadable(self, rows: Iterable[int]) -> dict[int, str]:
+        """Those of the given rows that can't be read, and why; the rows must have been ensured."""
+        return {row: self._reasons[row] for row in rows if row in self._reasons}
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), ...] in the stored dtype; the rows must have been ensured and be readable."""
@@ -220,7 +211,6 @@ class FeatureCache:
         flags[decoded.without] = _WITHOUT
         if decoded.reasons:
             self._reasons |= decoded.reasons
-            self._write("unreadable.json", json.dumps(self._reasons).encode())
             flags[list(decoded.reasons)] = _UNREADABLE
         flags.flush()
 
@@ -245,11 +235,6 @@ class FeatureCache:
         temporary = self.directory / f".{name}.{os.getpid()}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, self.directory / name)
-
-    def _load_reasons(self) -> None:
-        path = self.directory / "unreadable.json"
-        if path.exists():
-            self._reasons = {int(row): reason for row, reason in json.loads(path.read_text()).items()}
 
 
 # numpy has no bfloat16, so its bits travel as int16.

@@ -1,5 +1,6 @@
 """Running one stage: data in order, Lightning's trainer, validations, the log, checkpoints."""
 
+import contextlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from vpgtrans.config import AugmentConfig, Mode, Part
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.errors import DataError
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import bar
 from vpgtrans.prompts import Prompter
@@ -29,7 +31,7 @@ from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
-from vpgtrans.training.samples import WINDOW, BadSamples, Samples
+from vpgtrans.training.samples import WINDOW, BadSamples, Key, Samples, Unreadable
 from vpgtrans.training.stopping import Stopped, StopSignals
 from vpgtrans.training.workers import killed_is_said
 from vpgtrans.vlm import VLM
@@ -57,8 +59,12 @@ def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter) -> int:
     samples = stage.budget.samples
     if samples is None:
         assert stage.budget.tokens is not None
-        some = mixture.readable(mixture.draws(0, 0, min(1000, len(mixture))))
-        lengths = [prompter.encode(sample.text).answers for sample in some]
+        lengths = []
+        for sample in mixture.readable(mixture.draws(0, 0, min(1000, len(mixture)))):
+            with contextlib.suppress(DataError):  # left out when its batch comes
+                lengths.append(prompter.encode(sample.text).answers)
+        if not sum(lengths):
+            raise DataError(f"stage {stage.name}: its budget is in tokens, and no sample looked at has an answer")
         samples = math.ceil(stage.budget.tokens * len(lengths) / sum(lengths))
     return math.ceil(samples / stage.batch_size)
 
@@ -153,7 +159,7 @@ class _Watch(L.Callback):
         if not bad.shared:
             return
         if trainer.strategy.reduce_boolean_decision(bad.left_out > self.exchanged, all=False):
-            listed: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * trainer.world_size
+            listed: list[tuple[dict[Key, Unreadable], dict[Key, Unreadable]]] = [({}, {})] * trainer.world_size
             torch.distributed.all_gather_object(listed, (bad.bad, bad.dropped))
             for unreadable, dropped in listed:
                 bad.bad |= unreadable
@@ -220,7 +226,7 @@ class StageRun:
             workers=workers,
             pin=vlm.device.type == "cuda",
         )
-        held_out = Samples(validation, front, prompter, bad=bad, cached=cached, directory=features)
+        held_out = Samples(validation, front, prompter, bad=bad, cached=cached, directory=features, role="validation")
         rows = np.arange(len(validation))
         if recipe.trainer.validate_samples is not None:
             # The same subset for every run: a fixed permutation, not the run's seed.

@@ -8,9 +8,8 @@ from torch.utils.data import IterableDataset
 
 from vpgtrans.errors import TrainingError
 from vpgtrans.recipe import Stage
-from vpgtrans.training.features import Unreadable
 from vpgtrans.training.module import StageModule
-from vpgtrans.training.samples import Batch, Loaded, Samples
+from vpgtrans.training.samples import Batch, Loaded, Samples, Unreadable
 from vpgtrans.training.workers import Loader, Work
 
 _STRETCH = 1 << 16

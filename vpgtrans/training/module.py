@@ -57,7 +57,7 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.stream = stream
         self.resume_optimizer: dict[str, Any] | None = None
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float] = {"loss": 0.0, "text_tokens": 0.0}
         """Figures of the last update: loss, lr, grad_norm, text_tokens."""
 
     def train(self, mode: bool = True) -> "StageModule":
@@ -103,8 +103,7 @@ class StageModule(L.LightningModule):
         """One update.
 
         Raises:
-            TrainingError: the loss is not finite, or no sample of the batch is readable on any device; nothing was
-                changed by this batch.
+            TrainingError: the loss is not finite; nothing was changed by this batch.
         """
         # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
         own = self.seed * 1_000_003 + self.stream * 10_007 + self.done + self.rank * 1_000_000_007
@@ -117,6 +116,10 @@ class StageModule(L.LightningModule):
 
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         losses = self._backward(batch)
+        if losses is None:  # all of it is left out, on every device; whether too much is, is not decided here
+            self.done += 1
+            self.last |= {"text_tokens": 0.0, "skipped": 1.0}
+            return
         self._add_up(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
         if not math.isfinite(losses["loss"]) or not torch.isfinite(norm):
@@ -135,17 +138,17 @@ class StageModule(L.LightningModule):
             "grad_norm": norm.item(),
         }
 
-    def _backward(self, batch: Batch) -> dict[str, float]:
-        """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices."""
+    def _backward(self, batch: Batch) -> dict[str, float] | None:
+        """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices.
+
+        None where every sample of the batch is left out on all devices.
+        """
         visual = self.vlm.vpg.tokens
         whole = {name: goal.weight(batch, visual) for name, goal in self.objectives.items()}
         # A device whose whole share is unreadable adds nothing; the others' shares are the batch.
         samples, *weights = self.over_devices([float(len(batch)), *whole.values()])
         if not samples:
-            raise TrainingError(
-                f"stage {self.stage.name}, update {self.done + 1}: no sample of this batch is readable: "
-                f"{', '.join(batch.skipped)}"
-            )
+            return None
         whole = dict(zip(whole, weights, strict=True))
         size = self.stage.micro_batch_size or max(1, len(batch))
         terms = dict.fromkeys(whole, 0.0)

@@ -17,7 +17,7 @@ from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError, Dropped, TrainingError
 from vpgtrans.prompts import Encoded, Prompter, Text
-from vpgtrans.training.features import FeatureCache, FrozenFront, Images, Unreadable
+from vpgtrans.training.features import FeatureCache, FrozenFront, Images
 from vpgtrans.vision.augment import random_view
 from vpgtrans.vision.preprocess import Color
 
@@ -57,6 +57,21 @@ class Batch:
         return sum(text.answers for text in self.encoded)
 
 
+Key = tuple[str, int]
+"""Which mixture of a run (train, validation), and the sample in it."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A sample that was skipped, and why."""
+
+    key: Key
+    id: str
+    reason: str
+    dropped: bool = False
+    """By a stated rule, not because it is damaged."""
+
+
 WINDOW = 1000
 """Of a stage that reads its images as it goes, as many samples are taken to come, if it has as many."""
 
@@ -75,15 +90,15 @@ class BadSamples:
     limit: float
     seen: int = 0
     """Distinct samples."""
-    bad: dict[str, str] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    """Left out by a rule: sample id -> rule."""
+    bad: dict[Key, "Unreadable"] = field(default_factory=dict)
+    dropped: dict[Key, "Unreadable"] = field(default_factory=dict)
+    """Left out by a rule."""
     expected: int = 0
     """Samples that count even if fewer were seen so far."""
     shared: bool = False
     """Several processes read a share each: `check` is called when they have exchanged what is bad."""
     earlier: dict[str, str] = field(default_factory=dict)
-    """Those that a resumed run had listed before it stopped; they count again when they come up again."""
+    """Reason -> id of those that a resumed run had listed before it stopped; they count when they come up again."""
     _met: dict[Mixture, np.ndarray] = field(default_factory=dict)
 
     def see(self, mixture: Mixture, rows: Sequence[int] | np.ndarray) -> int:
@@ -100,10 +115,10 @@ class BadSamples:
 
     @property
     def listed(self) -> dict[str, str]:
-        """Sample id -> reason of all that are bad."""
-        return self.earlier | self.bad
+        """Reason, which names file and row, -> id of all that are bad."""
+        return self.earlier | {entry.reason: entry.id for entry in self.bad.values()}
 
-    def note(self, unreadable: Sequence[Unreadable], *, seen: int = 0) -> None:
+    def note(self, unreadable: Sequence["Unreadable"], *, seen: int = 0) -> None:
         """Count a batch, of which `seen` samples were not seen before.
 
         Raises:
@@ -112,12 +127,9 @@ class BadSamples:
         self.seen += seen
         for entry in unreadable:
             listed = self.dropped if entry.dropped else self.bad
-            name = entry.id
-            while listed.get(name, entry.reason) != entry.reason:  # another row of the same id: reasons name rows
-                name += "*"
-            if not entry.dropped and name not in listed:
-                logging.getLogger(__name__).warning("skipped %s: %s", name, entry.reason)
-            listed[name] = entry.reason
+            if not entry.dropped and entry.key not in listed:
+                logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
+            listed[entry.key] = entry
         if not self.shared:
             self.check()
 
@@ -125,7 +137,7 @@ class BadSamples:
         """Raises TrainingError if too many samples are bad."""
         count = max(self.seen, self.expected)
         if len(self.bad) > max(1.0, self.limit * count):
-            listed = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:5])
+            listed = "; ".join(f"{entry.id}: {entry.reason}" for entry in list(self.bad.values())[:5])
             of = f" of {count}" if count > self.seen else ""
             raise TrainingError(
                 f"{len(self.bad)} of {self.seen} samples are unreadable, more than data.max_bad_fraction = "
@@ -207,9 +219,11 @@ class Samples:
         augment: AugmentConfig | None = None,
         seed: int = 0,
         directory: Path | None = None,
+        role: str = "train",
     ):
         """augment, seed: views of the images that are fetched with a position. directory: of the feature caches, if
-        not the user's."""
+        not the user's. role: which of a run's mixtures this is."""
+        self.role = role
         self.mixture = mixture
         self.front = front
         self.prompter = prompter
@@ -233,17 +247,19 @@ class Samples:
 
         Returns the unreadable ones of these rows; none is known where nothing is cached.
         """
-        wanted: dict[tuple[int, int], list[int]] = {}
-        for source, index, view in self._places(rows, positions):
+        wanted: dict[tuple[int, int], dict[int, int]] = {}  # source and view -> row in it -> row of the mixture
+        for sample, (source, row, view) in zip(rows, self._places(rows, positions), strict=True):
             if self._is_cached(source):
                 self._cache(source, view)
-                wanted.setdefault((self.mixture.sources.index(source), view), []).append(index)
-        for key, indices in sorted(wanted.items(), key=lambda item: item[0][1]):
-            named = f"{title}, view {key[1]}" if key[1] else title
-            self._caches[key].ensure(indices, title=named, each=each, workers=workers)
-        return [
-            entry for key, indices in wanted.items() for entry in self._caches[key].unreadable(sorted(set(indices)))
-        ]
+                wanted.setdefault((self.mixture.sources.index(source), view), {})[row] = int(sample)
+        found: list[Unreadable] = []
+        for key, places in sorted(wanted.items(), key=lambda item: item[0][1]):
+            named, cache = f"{title}, view {key[1]}" if key[1] else title, self._caches[key]
+            cache.ensure(list(places), title=named, each=each, workers=workers)
+            for row, reason in sorted(cache.unreadable(places).items()):
+                name = self.mixture.sources[key[0]].id(row)
+                found.append(Unreadable((self.role, places[row]), name, reason))
+        return found
 
     def see(self, rows: Sequence[int] | np.ndarray) -> int:
         """Mark rows as seen; returns how many of them are new."""
@@ -274,13 +290,14 @@ class Samples:
         stored: list[Tensor] = []
         levels: list[Tensor] = []
         unreadable: list[Unreadable] = []
-        for source, row, view in self._places(rows, positions):
+        for number, (source, row, view) in zip(rows, self._places(rows, positions), strict=True):
             try:
                 sample = source.sample(row)
-                encoded = self.prompter.encode(sample.text)
+                encoded = self._encoded(source, row, sample)
                 found, new = self._images(source, sample, row, view, count=encoded.images)
             except DataError as error:
-                unreadable.append(Unreadable(source.id(row), str(error), dropped=isinstance(error, Dropped)))
+                dropped = isinstance(error, Dropped)
+                unreadable.append(Unreadable((self.role, int(number)), source.id(row), str(error), dropped=dropped))
                 continue
             stored += found
             levels += new
@@ -323,6 +340,12 @@ class Samples:
             skipped=[entry.id for entry in loaded.unreadable],
         )
 
+    def _encoded(self, source: Source, row: int, sample: Sample) -> Encoded:
+        try:
+            return self.prompter.encode(sample.text)
+        except DataError as error:
+            raise type(error)(f"{source.rows.where(row)}: {error}") from error
+
     def _images(
         self, source: Source, sample: Sample, row: int, view: int, *, count: int
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -332,7 +355,7 @@ class Samples:
         if self._is_cached(source) and len(sample.images) == 1:
             cache = self._cache(source, view)
             if problems := cache.unreadable([row]):
-                raise DataError(problems[0].reason)
+                raise DataError(problems[row])
             return [cache[[row]][0]], []
         images = source.open(sample)[:count]
         if view and self.augment is not None:

@@ -87,7 +87,7 @@ class Loader(Generic[T]):
                 except StopIteration:
                     return
                 except (ConnectionError, EOFError) as error:  # it was killed while it handed a tensor over
-                    raise RuntimeError(f"DataLoader worker: {type(error).__name__}") from error
+                    raise _killed(error) from error
                 yield item
 
     def close(self) -> None:
@@ -103,17 +103,23 @@ class Loader(Generic[T]):
 def killed_is_said() -> Iterator[None]:
     """Within the block a loading process that is killed is a TrainingError.
 
-    torch notices by a signal, so its own error comes up wherever this process is: around training, too.
+    torch notices by a signal, so its own error comes up wherever this process is: around training, too. What a process
+    raises itself is handed on by torch as "Caught …", and comes through.
     """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise TrainingError(
-            f"a process that loads data was killed ({str(error).splitlines()[0].strip()}); if memory is short, right "
-            "would be fewer data.workers or a smaller batch_size"
-        ) from error
+        raise _killed(error) from error
+
+
+def _killed(error: Exception) -> TrainingError:
+    detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    return TrainingError(
+        f"a process that loads data was killed ({detail}); if memory is short, right would be fewer data.workers or a "
+        "smaller batch_size"
+    )
 
 
 def _as_it_is(item: T) -> T:
