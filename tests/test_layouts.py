@@ -88,6 +88,10 @@ def test_conversations_of_several_turns_and_images():
     )
     # a question that nobody answered says nothing
     check({"c": said("Hi", "Hello", "Bye")}, {"conversation": "c"}, turns("Hi", "Hello"), [], ["Hello"])
+    check({"c": said("Hi", "Hello", "Bye", " ", "Bye!")}, {"conversation": "c"}, turns("Hi", "Hello"), [], ["Hello"])
+    # and its images are left out with it
+    record = {"image": ["a", "b"], "c": said(f"{IMAGE} Hi", "Hello", f"{IMAGE} Bye", "")}
+    check(record, {"conversation": "c"}, turns(f"{IMAGE} Hi", "Hello"), ["a"], ["Hello"])
 
 
 def test_content_in_parts():
@@ -139,7 +143,7 @@ def test_an_image_in_the_record(value: Any):
 @pytest.mark.parametrize(
     "value",
     ["a.png", "/abs/a.png", "s3://bucket/a.png", "iVBORw0KGgo", "iVBORw0KGgo=.png", "/9j/a.jpg", {"path": "a.png"},
-     {"bytes": None, "path": "a.png"}],
+     {"bytes": None, "path": "a.png"}, f"https://example.org/a.jpg?signature={'A' * 1200}"],
 )  # fmt: skip
 def test_an_image_path(value: Any):
     path = value["path"] if isinstance(value, dict) else value
@@ -193,6 +197,10 @@ ASKED = {"question": "q", "answer": "a"}
         ({"c": [*said("Hi", "Hello"), *said("", "again")[1:]]}, CHAT, "turns of user, assistant, assistant"),
         ({"image": "a", "c": said("Hi", "Hello")}, CHAT, "0 times <image> in the text for 1 images"),
         ({"image": "a", "c": said(IMAGE * 2, "x")}, CHAT, "2 times <image> in the text for 1 images"),
+        ({"image": ["a", "b"], "c": said(f"{IMAGE} Hi", f"Look: {IMAGE}")}, CHAT, "<image> in an answer"),
+        ({"c": [*said("Hi")[:1], {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}, CHAT,
+         "<image> in an answer"),
+        ({"c": said("Hi", "", "Again?", "Hello")}, CHAT, "turn 2 is an empty answer"),
         ({"d": f"a {IMAGE}"}, {"document": "d"}, "1 times <image> in the text for 0 images"),
         ({"d": ["a", 7]}, {"document": "d"}, "other parts than texts and null"),
         ({"d": 7}, {"document": "d"}, "'d' holds int"),

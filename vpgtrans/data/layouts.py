@@ -114,14 +114,21 @@ def _conversation(record: Mapping[str, Any], source: DataSource) -> Parsed:
             images += shown
         if not isinstance(content, str):
             raise DataError(f"turn {number} holds {type(content).__name__}; right would be a string")
-        turns.append(Turn(_ROLES[speaker], content.strip()))
-    answers = [turn.text for turn in turns if turn.role == "assistant" and turn.text]
-    if not answers:
+        role = _ROLES[speaker]
+        turns.append(Turn(role, _unmarked(content.strip()) if role == "assistant" else content.strip()))
+    if not any(turn.role == "assistant" and turn.text for turn in turns):
         raise Dropped("no answer")
     _check_order(turns)
-    while turns[-1].role != "assistant":  # a question that nobody answered
-        turns.pop()
-    return tuple(turns), images, [answers[-1]]
+    answered = list(turns)
+    while answered[-1].role != "assistant" or not answered[-1].text:  # a question that nobody answered
+        answered.pop()
+    for number, turn in enumerate(answered, start=1):
+        if turn.role == "assistant" and not turn.text:
+            raise DataError(f"turn {number} is an empty answer; right would be one with text, or none of the turns "
+                            "behind it")  # fmt: skip
+    if count_images(turns) == len(images):  # those of the questions that were left out stand last
+        images = images[: count_images(answered)]
+    return tuple(answered), images, [answered[-1].text]
 
 
 def _check_order(turns: Sequence[Turn]) -> None:
@@ -210,7 +217,7 @@ def _image(value: Any, column: str) -> Image:
     if isinstance(value, str) and value:
         if value.startswith("data:"):
             return _decoded(value.partition(",")[2], column)
-        return _decoded(value, column) if len(value) > _PATH_LENGTH or _is_base64(value) else value
+        return _decoded(value, column) if _is_base64(value) else value
     raise DataError(
         f"{column!r} holds {'nothing' if not value else type(value).__name__}; right would be encoded image bytes, "
         "base64, or the path of an image file"
@@ -219,6 +226,10 @@ def _image(value: Any, column: str) -> Image:
 
 def _is_base64(text: str) -> bool:
     """Whether a string is the whole of an image, which no path is: most have a dot, which base64 has not."""
+    if "://" in text:  # signed ones are longer than any path
+        return False
+    if len(text) > _PATH_LENGTH:
+        return True
     try:
         return base64.b64decode(text, validate=True).startswith(_SIGNATURES)
     except ValueError:
