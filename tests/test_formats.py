@@ -1,5 +1,7 @@
 """Every format on a real file of its kind, written by the format's own library."""
 
+import base64
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -115,6 +117,22 @@ def test_delimited_tables(tmp_path: Path, ending: str, delimiter: str):
     paths = write_images(tmp_path)
     rows = [["image", "caption"], *map(list, zip(paths, CAPTIONS, strict=True))]
     check_squares(opened(write_csv(tmp_path / f"a.{ending}", *rows, delimiter=delimiter)))
+
+
+def test_images_in_the_cells_of_a_table(tmp_path: Path):
+    content = IMAGES[0] + bytes(200_000)  # as base64 longer than csv's own limit
+    limit = csv.field_size_limit()
+    source = opened(
+        write_csv(tmp_path / "a.csv", ["image", "caption"], [base64.b64encode(content).decode(), CAPTIONS[0]])
+    )
+    assert source.sample(0).images == (content,)
+    assert csv.field_size_limit() == limit
+
+
+def test_a_table_with_two_columns_of_one_name(tmp_path: Path):
+    file = write_csv(tmp_path / "a.csv", ["image", "caption", "caption"], ["a.png", "x", "y"])
+    with pytest.raises(DataError, match=r"a\.csv: two columns 'caption'"):
+        opened(file)
 
 
 def test_cells_are_texts_as_they_are_written(tmp_path: Path):

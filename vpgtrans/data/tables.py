@@ -15,6 +15,8 @@ from vpgtrans.errors import DataError
 
 GROUP_LIMIT = 256 << 20
 """Bytes of the largest row group that is read in place. A file with larger ones is copied into mapped Arrow once."""
+_CELL_LIMIT = (1 << 31) - 1
+"""Characters of a cell, which may hold an image as base64; `csv` itself takes 131,072."""
 WINDOW_BYTES = 64 << 20
 """Row groups that are read side by side, and so shuffled together, have about this size."""
 
@@ -169,14 +171,19 @@ def open_delimited(file: Path, delimiter: str) -> ArrowRows:
     """
     from datasets import Features, Value
 
+    limit = csv.field_size_limit(_CELL_LIMIT)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             lines = filter(None, csv.reader(stream, delimiter=delimiter))  # blank lines are no rows
             head, first = next(lines, []), next(lines, [])
     except (csv.Error, ValueError) as error:
         raise DataError(f"{file}: not readable as csv: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     if not first:
         raise DataError(f"{file}: no samples (it has no rows)")
+    if twice := next((name for name in head if head.count(name) > 1), None):
+        raise DataError(f"{file}: two columns {twice!r} in the header; right would be names that differ")
     if len(first) > len(head):  # of later rows the reader itself says so; of the first it takes a cell for its name
         raise DataError(f"{file}: not readable as csv: {len(first)} cells in the first row, {len(head)} in the header")
     features = Features({name: Value("string") for name in head})
