@@ -1,6 +1,7 @@
 """Tar shards that webdataset wrote: patterns, URLs, and every way in which one can be damaged."""
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_a_rewritten_shard_is_scanned_again(tmp_path: Path, memory: fsspec.Abstr
         memory.pipe("/a.tar", file.read_bytes())
         for dataset in (file, "memory://a.tar"):
             assert opened(dataset).rows.read(0)["__key__"] == f"k{said}"
+
+
+def test_a_shard_whose_mode_changes_is_the_same(tmp_path: Path, memory: fsspec.AbstractFileSystem):
+    file = shards(tmp_path / "a", 1)[0]
+    before = opened(file).fingerprint
+    file.chmod(0o600)
+    assert opened(file).fingerprint == before
+    os.utime(file, (1, 1))
+    assert opened(file).fingerprint != before
+    # in a file system without times of change, `created` says when a file was written
+    memory.pipe_file("/a.tar", file.read_bytes())
+    before = opened("memory://a.tar").fingerprint
+    memory.pipe_file("/a.tar", file.read_bytes())
+    assert opened("memory://a.tar").fingerprint != before
 
 
 def test_texts_and_several_members_of_a_sample(tmp_path: Path):

@@ -21,6 +21,8 @@ from vpgtrans.progress import track
 
 _STATE = ("size", "mtime", "created", "ETag", "etag", "LastModified", "last_modified", "updated")
 """What file systems say about a file that tells a changed one."""
+_LOCAL_STATE = ("size", "mtime")
+"""Of a file on a disk: `created` changes with its mode or name there."""
 _JSON = ("json",)
 _TEXT = ("txt", "text", "caption", "cap", "cls", "transcript", "question", "answer")
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
@@ -36,6 +38,8 @@ class TarRows(Rows):
         Raises:
             DataError: a shard that is missing, ends early, or holds absolute paths or `..`.
         """
+        from fsspec.implementations.local import LocalFileSystem
+
         super().__init__(name)
         self.urls = list(urls)
         self._states: list[str] = []
@@ -44,7 +48,8 @@ class TarRows(Rows):
             filesystem, path = resolve(url)
             with reaching(url):
                 about = filesystem.info(path)
-            state = " ".join([url, *(str(about.get(key)) for key in _STATE)])
+            keys = _LOCAL_STATE if isinstance(filesystem, LocalFileSystem) else _STATE
+            state = " ".join([url, *(str(about.get(key)) for key in keys)])
             self._states.append(state)
             self._samples.append(_index(url, filesystem, path, state))
         self._starts = np.cumsum([0, *(len(samples) for samples in self._samples)])
