@@ -124,6 +124,18 @@ def test_a_file_of_others_goes_by_id(tmp_path: Path):
     assert [opened.id(row) for row in range(len(opened))] == ["t1", "t8"]
 
 
+def test_rows_without_an_id_are_not_those_without_one_in_a_file(tmp_path: Path):
+    data = write_table(tmp_path / "data.parquet", id=[None, "b", None], body=["x", "y", "z"])
+    file = write_table(tmp_path / "keep.parquet", id=pa.array([None, "b"]), keep=[True, True], score=[1.0, 2.0])
+    opened = open_dataset(DataSource(dataset=str(data), text="body", filter=str(file)))
+    assert [opened.id(row) for row in range(len(opened))] == ["b"]
+    filtered(data, "--text", "body", "--scores", tmp_path / "s.parquet", "--scorer", f"column:{file}:score")
+    assert pq.read_table(tmp_path / "s.parquet")["column:keep.parquet:score"].to_pylist() == [None, 2, None]
+    write_table(tmp_path / "none.parquet", id=pa.array([None], pa.string()), keep=[True])
+    with pytest.raises(DataError, match="keeps none"):
+        open_dataset(DataSource(dataset=str(data), text="body", filter=str(tmp_path / "none.parquet")))
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -236,6 +248,15 @@ def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
     assert "none of its `id`s" in refused.output
 
 
+def test_a_column_of_our_own_scores_goes_by_row(tmp_path: Path):
+    data = write_table(tmp_path / "d.parquet", body=["one", "one two", "one two three"])
+    arguments = (data, "--text", "body", "--scorer")
+    filtered(*arguments, "length", "--words", "1:", "--scores", tmp_path / "ours.parquet")
+    column = f"column:{tmp_path / 'ours.parquet'}:length"
+    assert filtered(*arguments, column, "--threshold", "2", "--scores", tmp_path / "s.parquet")["kept"] == 2
+    assert pq.read_table(tmp_path / "s.parquet")["column:ours.parquet:length"].to_pylist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -246,6 +267,8 @@ def test_a_column_of_a_file_goes_by_id_or_by_row(tmp_path: Path):
         (["--scorer", "length", "--words", "3"], "right would be MIN:MAX"),
         (["--scorer", "duplicate", "--words", "3:"], "no scorer that takes it"),
         (["--scorer", "duplicate", "--threshold", "duplicate=1"], "no score 'duplicate'"),
+        (["--scorer", "length", "--words", "3:", "--keep-fraction", "0.5"], "no scorer that takes it"),
+        (["--scorer", "column:x.parquet:y", "--threshold", "nan"], "'nan' is no number"),
         (["--scorer", "column:x.parquet"], "right would be column:FILE.parquet:COLUMN"),
         (["--scorer", "column:x.parquet:y", "--scorer", "column:x.parquet:z", "--threshold", "1"], "of which score?"),
         (["--scorer", "column:x.parquet:y", "--threshold", "much"], "'much' is no number"),

@@ -6,9 +6,9 @@ goes by `id` where it has such a column, else by `row`.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,26 @@ def _by_row(table: Any, count: int, file: Path) -> np.ndarray:
 
 def _by_id(table: Any, rows: Rows, id_column: str, file: Path) -> np.ndarray:
     # Hashes, not the ids themselves: 8 bytes a row.
-    pieces = [np.array([hash64(i) for i in ids], dtype=np.uint64)[keep] for ids, keep in _pieces(table, "id", file)]
+    pieces = []
+    for ids, keep in _pieces(table, "id", file):
+        hashes, there = hashed(ids, len(ids))
+        pieces.append(hashes[keep & there])
     wanted = np.unique(np.concatenate(pieces)) if pieces else np.empty(0, dtype=np.uint64)
-    own = np.fromiter((hash64(value) for value in rows.values(id_column)), dtype=np.uint64, count=len(rows))
-    kept = np.isin(own, wanted)
+    own, there = hashed(rows.values(id_column), len(rows))
+    kept = np.isin(own, wanted) & there
     if len(wanted) and not kept.any():
         raise DataError(f"{file}: none of the ids that it keeps is in {rows.name} (column {id_column!r})")
     return kept
+
+
+def hashed(ids: Iterable[Any], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of so many ids, uint64 [count], and which of them are one, bool [count]: null is like no other id."""
+    there = np.zeros(count, dtype=bool)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for place, value in enumerate(islice(ids, count)):
+        if value is not None:
+            there[place], hashes[place] = True, hash64(value)
+    return hashes, there
 
 
 def hash64(value: Any) -> int:

@@ -1,5 +1,6 @@
 """From the names of scorers, as they stand on a command line, to scorers and rules."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def plan(
             raise DataError(f"scorer {wanted[0]} needs {option}")
         if given is not None and not wanted:
             raise DataError(f"{option} is given, but no scorer that takes it")
+    if keep_fraction is not None and all(name == "length" or name in _DUPLICATES for name in names):
+        raise DataError(f"--keep-fraction is given, but no scorer that takes it: {', '.join(names)} keep by a rule of "
+                        "their own")  # fmt: skip
 
     def build(source: Source) -> list[Scorer]:
         built: list[Scorer] = []
@@ -128,9 +132,12 @@ def _limits(thresholds: Sequence[str], names: Sequence[str], named: dict[str, st
                 f"--threshold {text}: no score {name!r} to choose by; there is {', '.join(names) or 'none'}"
             )
         try:
-            found[name if equals else names[0]] = float(value)
-        except ValueError as error:
-            raise DataError(f"--threshold {text}: {value!r} is no number") from error
+            limit = float(value)
+        except ValueError:
+            limit = math.nan
+        if math.isnan(limit):
+            raise DataError(f"--threshold {text}: {value!r} is no number")
+        found[name if equals else names[0]] = limit
     return found
 
 

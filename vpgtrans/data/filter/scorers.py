@@ -9,7 +9,6 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vpgtrans.data.filter.choose import Better
-from vpgtrans.data.kept import hash64
+from vpgtrans.data.kept import hash64, hashed, read_made_for
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError
@@ -193,19 +192,22 @@ def _read_column(file: Path, column: str, source: Source) -> np.ndarray:
     try:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
-        key = next((name for name in ("id", "row") if name in names), None)
+        # A file of our own scores of this data set goes by row, as `filter:` does: ids may be made up, or repeated.
+        ours = read_made_for(table) == [len(source.rows), source.rows.fingerprint]
+        key = next((name for name in (("row", "id") if ours else ("id", "row")) if name in names), None)
         if column not in names or key is None:
             raise DataError(f"{file}: no {column!r} beside `id` or `row`; the columns are {', '.join(names)}")
         values = np.full(len(source), np.nan)
         # Hashes, not the ids themselves: 8 bytes a row.
         names_of = source.rows.values(source.config.id) if key == "id" else iter(range(len(source)))
-        own = np.fromiter(map(hash64, islice(names_of, len(source))), dtype=np.uint64, count=len(source))
-        order = np.argsort(own, kind="stable")
+        own, there = hashed(names_of, len(source))
+        order = np.flatnonzero(there)[np.argsort(own[there], kind="stable")]
         found = 0
         for batch in table.iter_batches(columns=[key, column]):
             scores = batch.column(column).cast(pa.float64()).to_numpy(zero_copy_only=False)
-            given = np.fromiter(map(hash64, batch.column(key).to_pylist()), dtype=np.uint64, count=len(scores))
-            first, last = (np.searchsorted(own, given, side, sorter=order) for side in ("left", "right"))
+            given, known = hashed(batch.column(key).to_pylist(), len(scores))
+            given, scores = given[known], scores[known]
+            first, last = (np.searchsorted(own[order], given, side) for side in ("left", "right"))
             counts = last - first  # several rows may have one id
             places = np.repeat(first - np.append(0, np.cumsum(counts)[:-1]), counts) + np.arange(counts.sum())
             values[order[places]] = np.repeat(scores, counts)
