@@ -289,10 +289,13 @@ def test_gqa(tmp_path: Path):
         (tmp_path / f"n{number}.jpg").write_bytes(IMAGES[number])
     entries = {f"q{n}": {"imageId": f"n{n}", "question": "Is it red?", "answer": "no" if n else "yes",
                          "isBalanced": True} for n in range(2)}  # fmt: skip
-    source = opened(write_json(tmp_path / "testdev_questions.json", entries), format="gqa")
+    file = write_json(tmp_path / "testdev_questions.json", entries)
+    source = opened(file, format="gqa")
     assert [source.caption(row) for row in range(2)] == ["yes", "no"]
     assert source.id(1) == "gqa/q1"
     assert source.image(0).getpixel((0, 0)) == COLORS[0]
+    # the files have no columns that a recipe could name
+    assert opened(file, format="gqa", image="picture").sample(0).images == source.sample(0).images
 
 
 @pytest.mark.parametrize("form", ["coco", "gqa"])

@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 from data_files import (
     CAPTIONS,
     COLORS,
+    COUNT,
     IMAGES,
     captioned,
     counts,
@@ -18,6 +22,7 @@ from data_files import (
     write_json,
     write_jsonl,
     write_parquet,
+    write_tar,
 )
 from PIL import Image
 
@@ -163,6 +168,120 @@ def test_the_fingerprint_sees_a_changed_image_file(tmp_path: Path):
     first = opened(path).fingerprint
     Image.new("RGB", (9, 9)).save(tmp_path / "images/1.png")
     assert opened(path).fingerprint != first
+
+
+def test_the_fingerprint_sees_images_wherever_rows_name_them(tmp_path: Path):
+    folder = tmp_path / "data"
+    paths = write_images(folder)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "x"}]}
+    turns = [[{"role": "user", "content": [{"type": "image", "image": path}]}, answer] for path in paths]
+    struct = [{"bytes": None, "path": path} for path in paths]
+    typed = pa.array(struct, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    datasets.Dataset.from_dict({"image": paths, "caption": CAPTIONS}).save_to_disk(str(folder / "saved"))
+    write_images(folder / "saved")
+    write_jsonl(folder / "turns.jsonl", *captioned(c=turns))
+    made: dict[Path, dict[str, str]] = {
+        folder / "saved": {},
+        folder / "turns.jsonl": {"conversation": "c"},
+        write_parquet(folder / "a.parquet", image=paths, caption=CAPTIONS): {},
+        write_parquet(folder / "lists.parquet", image=[[path] for path in paths], caption=CAPTIONS): {},
+        write_parquet(folder / "struct.parquet", image=struct, caption=CAPTIONS): {},
+        write_parquet(folder / "typed.parquet", image=typed, caption=CAPTIONS): {},
+        write_parquet(folder / "turns.parquet", c=turns): {"conversation": "c"},
+    }
+    before = {file: opened(file, **keys) for file, keys in made.items()}
+    for source in before.values():
+        assert counts(source) == (COUNT, 0, 0)
+        assert source.fingerprint
+    for place in (folder, folder / "saved"):
+        Image.new("RGB", (9, 9)).save(place / "images/1.png")
+    for file, keys in made.items():
+        assert opened(file, **keys).fingerprint != before[file].fingerprint, file
+
+
+def test_the_fingerprint_reads_no_rows_that_hold_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    struct = [{"bytes": image, "path": "a.png"} for image in IMAGES]
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]] * COUNT
+    files = [
+        write_parquet(tmp_path / "bytes.parquet", image=IMAGES, caption=CAPTIONS),
+        write_parquet(tmp_path / "struct.parquet", image=struct, caption=CAPTIONS),
+        write_parquet(tmp_path / "lists.parquet", image=[[image] for image in struct], caption=CAPTIONS),
+        write_tar(tmp_path / "a.tar", *({"__key__": str(n), "png": IMAGES[n], "txt": "x"} for n in range(COUNT))),
+    ]
+    datasets.Dataset.from_dict({"image": struct, "caption": CAPTIONS}).save_to_disk(str(tmp_path / "saved"))
+    sources = [opened(file) for file in (*files, tmp_path / "saved")]
+    chats = write_parquet(tmp_path / "chat.parquet", turns=turns)
+    sources.append(opened(chats, conversation="turns"))
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("reads rows")
+
+    for rows in {type(source.rows) for source in sources}:
+        monkeypatch.setattr(rows, "read", refuse)
+        monkeypatch.setattr(rows, "values", refuse)
+    for source in sources:
+        assert source.fingerprint
+
+
+def test_the_fingerprint_of_a_folder_goes_by_the_images_state_and_the_texts_content(tmp_path: Path):
+    folder = tmp_path / "images"
+    write_images(tmp_path)
+    for number, caption in enumerate(CAPTIONS):
+        (folder / f"{number}.txt").write_text(caption)
+
+    def rewritten(name: str, content: bytes, *, time: int) -> str:
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, (time, time))
+        return opened(folder).fingerprint
+
+    first = rewritten("0.png", IMAGES[0], time=1)
+    assert rewritten("0.png", bytes(len(IMAGES[0])), time=1) == first
+    assert rewritten("0.png", IMAGES[0], time=2) != first
+    first = rewritten("0.txt", b"a red square", time=1)
+    assert rewritten("0.txt", b"a RED square", time=1) != first
+
+
+# --- where rows may lack images -----------------------------------------------------------------
+
+TURNS = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}]
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "question": ({"q": "?", "a": "x"}, {"question": "q", "answer": "a"}),
+    "conversation": ({"c": TURNS}, {"conversation": "c"}),
+    "document": ({"d": "x"}, {"document": "d"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_an_image_column_that_is_not_there(tmp_path: Path, layout: str, form: str, caplog: pytest.LogCaptureFixture):
+    record, keys = LAYOUTS[layout]
+    file = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        write_jsonl(file, *[record] * 20)
+    else:
+        write_parquet(file, **{name: [value] * 20 for name, value in record.items()})
+    with pytest.raises(
+        DataError, match=rf"a\.{form}: .*'pictrue' for the image; there is {', '.join(record)} \(.*--image"
+    ):
+        opened(file, **keys, image="pictrue")
+    assert not caplog.messages
+    assert len(opened(file, **keys)) == 20
+    warned = [message for message in caplog.messages if "learnt without images" in message]
+    assert len(warned) == (layout == "question")
+
+
+def test_rows_with_and_without_images(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    record, keys = LAYOUTS["question"]
+    file = write_jsonl(tmp_path / "a.jsonl", *[record] * 30, record | {"image": "a.png", "photo": "b.png"})
+    assert opened(file, **keys, image="photo").sample(30).images == (str(tmp_path / "b.png"),)
+    assert opened(file, **keys).sample(30).images == (str(tmp_path / "a.png"),)
+    assert not caplog.messages
+    # shards have `images` where there are some
+    samples = [{"__key__": str(n), "json": LAYOUTS["conversation"][0]} for n in range(3)]
+    tar = write_tar(tmp_path / "a.tar", *samples)
+    assert len(opened(tar, conversation="c", image="images")) == 3
+    with pytest.raises(DataError, match="none of the first 3 rows has 'photo'"):
+        opened(tar, conversation="c", image="photo")
 
 
 def test_images_of_every_encoding(tmp_path: Path):

@@ -144,7 +144,8 @@ def _coco(source: DataSource) -> Opened:
 
 
 def _questions(source: DataSource) -> DataSource:
-    return source.model_copy(update={"question": "question", "answer": "answer"})
+    """With the keys that joined records have, whatever the recipe says: the files have no columns to name."""
+    return source.model_copy(update={"image": "image", "question": "question", "answer": "answer"})
 
 
 def _vqa(source: DataSource) -> Opened:
@@ -156,7 +157,7 @@ def _vqa(source: DataSource) -> Opened:
             f'{path}: format vqa needs the images\' file names, such as `image: "COCO_train2014_{{image_id:012d}}.jpg"`'
         )
     rows = open_vqa(path, Path(source.annotations).expanduser(), pattern=source.image)
-    return Opened(rows, path.absolute().parent, _questions(source.model_copy(update={"image": "image"})))
+    return Opened(rows, path.absolute().parent, _questions(source))
 
 
 def _gqa(source: DataSource) -> Opened:
@@ -210,7 +211,8 @@ def _huggingface(source: DataSource) -> Opened:
     except Exception as error:  # of the hub, of a set's files or of what describes them
         raise DataError(f"{source.dataset}, split {source.split!r}: {error}") from error
     files = [Path(entry["filename"]) for entry in table.cache_files]
-    return Opened(ArrowRows(table, name, files), None, source)
+    folder = None if source.dataset.startswith("hf:") else _existing(source).absolute()
+    return Opened(ArrowRows(table, name, files), folder, source)
 
 
 _FORMATS: dict[str, Callable[[DataSource], Opened]] = {

@@ -6,7 +6,7 @@ goes by `id` where it has such a column, else by `row`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from itertools import compress, islice
 from pathlib import Path
@@ -53,6 +53,13 @@ class KeptRows(Rows):
     @property
     def columns(self) -> list[str] | None:
         return self._rows.columns
+
+    @property
+    def optional(self) -> Collection[str]:
+        return self._rows.optional
+
+    def may_name_files(self, column: str) -> bool:
+        return self._rows.may_name_files(column)
 
     @property
     def stretches(self) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,16 @@ def _joined_parts(parts: Sequence[Any], number: int) -> tuple[str, list[Image]]:
             text += part["text"]
         elif kind in ("image", "image_url"):
             text += IMAGE
-            found = part.get("image", part.get("image_url"))
-            if isinstance(found, Mapping) and "url" in found:
-                found = found["url"]
-            images += _images(found, kind)
+            images += _images(_shown(part), kind)
         else:
             raise DataError(f"turn {number} has a part of type {kind!r}; right would be text, image or image_url")
     return text, images
+
+
+def _shown(part: Mapping[str, Any]) -> Any:
+    """The image of a part of a turn."""
+    found = part.get("image", part.get("image_url"))
+    return found["url"] if isinstance(found, Mapping) and "url" in found else found
 
 
 def _document(record: Mapping[str, Any], source: DataSource) -> Parsed:
@@ -241,6 +244,19 @@ def _decoded(text: str, column: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"{column!r} is no valid base64 ({error})") from error
+
+
+def named_files(value: Any) -> Iterator[str]:
+    """Paths, as they are written, in what a column of images or of turns holds; what is malformed has none."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, Mapping):
+            parts = entry.get("value", entry.get("content"))
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, Mapping):
+                    yield from named_files(_shown(part))
+            entry = entry.get("path") if entry.get("bytes") is None else None
+        if isinstance(entry, str) and entry and not ("://" in entry or entry.startswith("data:") or _is_base64(entry)):
+            yield entry
 
 
 def located(image: Image, folder: Path | None) -> Image:

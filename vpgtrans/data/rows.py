@@ -7,9 +7,10 @@ of them. Files are mapped, not loaded: what is kept in memory is where each row 
 import hashlib
 import json
 import mmap
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,15 @@ class Rows(ABC):
     def columns(self) -> list[str] | None:
         """What every record has; None where each has keys of its own."""
         return None
+
+    @property
+    def optional(self) -> Collection[str]:
+        """Keys that the format gives a record where it has anything for them, so that rows may lack them."""
+        return ()
+
+    def may_name_files(self, column: str) -> bool:
+        """Whether a column of images can hold paths, as far as can be told without reading it."""
+        return True
 
     @property
     def stretches(self) -> np.ndarray | None:
@@ -260,13 +270,13 @@ def _escaped(piece: np.ndarray, escape: bool) -> np.ndarray:
     return slashes[lasts[(lasts - firsts) % 2 == 0]] + 1
 
 
-def file_state(file: Path, *, whole: bool) -> bytes:
+def file_state(file: str | Path, *, whole: bool) -> bytes:
     """What tells a changed file: its content's hash or, for large ones and where `whole` is false, size and time."""
     try:
-        status = file.stat()
+        status = os.stat(file)
     except (OSError, ValueError):  # ValueError: a null byte in the name
         return b"missing"
     if whole and status.st_size <= _WHOLE_FILE_LIMIT:
-        with file.open("rb") as stream:
+        with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").digest()
     return f"{status.st_size} {status.st_mtime_ns}".encode()

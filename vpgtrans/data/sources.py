@@ -1,18 +1,21 @@
 """A data set as samples by number: records of any container, laid out in any way."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.formats import Opened, open_rows
-from vpgtrans.data.layouts import columns_of, layout_of, located, parse
+from vpgtrans.data.layouts import columns_of, layout_of, located, named_files, parse
 from vpgtrans.data.rows import Rows, file_state
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.urls import read
@@ -20,10 +23,16 @@ from vpgtrans.errors import DataError, Dropped
 from vpgtrans.prompts import Text, answer_of
 from vpgtrans.vision.preprocess import image_size, open_image
 
+_LOGGER = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 _TRIED = 16
 """Rows that are read when a source is opened: if none of them is a sample, its columns are named wrongly."""
+_LOOKED = 1000
+"""Rows that are read for a key that may be missing, such as that of images in questions."""
+_KNOWN_FILES = 1 << 20
+"""Image files that are remembered while a fingerprint is made: most rows that share one stand together."""
 
 
 class Source:
@@ -46,6 +55,7 @@ class Source:
             raise DataError(f"{self.name}: no samples (it has no rows)")
         self._check_columns()
         self._check_first_rows()
+        self._check_image_column()
 
     def __len__(self) -> int:
         return self._length
@@ -156,16 +166,35 @@ class Source:
         """Of all that samples depend on: the files, the columns, and the image files that the rows name."""
         digest = hashlib.sha256(self.config.model_dump_json(exclude={"weight", "dataset", "filter"}).encode())
         digest.update(self.rows.fingerprint.encode())
-        if self._folder is not None:
-            for row in range(len(self)):
-                try:
-                    images = self.sample(row).images
-                except DataError:
-                    continue
-                for image in images:
-                    if isinstance(image, str) and "://" not in image:
-                        digest.update(image.encode() + file_state(Path(image), whole=False))
+        folder = str(self._folder or "")
+        known: set[str] = set()
+        for file in self._named_files():
+            if file not in known:
+                if len(known) == _KNOWN_FILES:
+                    known.clear()
+                known.add(file)
+                state = file_state(os.path.join(folder, file), whole=False)
+                digest.update(file.encode("utf-8", "surrogatepass") + b"\0" + state)
         return digest.hexdigest()
+
+    def _named_files(self) -> Iterator[str]:
+        """Paths of images in all rows, as they are written there."""
+        if self.layout == "text":
+            return
+        named = [self.config.image] + ([self.config.conversation] if self.config.conversation is not None else [])
+        columns = [column for column in named if self.rows.may_name_files(column)]
+        if self.rows.columns is not None:
+            for column in columns:
+                for value in islice(self.rows.values(column), len(self)):
+                    yield from named_files(value)
+            return
+        for row in range(len(self) if columns else 0):
+            try:
+                record = self.rows.read(row)
+            except DataError:
+                continue
+            for column in columns:
+                yield from named_files(record.get(column))
 
     def column(self, name: str) -> list[object]:
         """All values of another column, such as `base` of openmoji; DataError if there is none."""
@@ -175,6 +204,36 @@ class Source:
     def _check_columns(self) -> None:
         for role, column in columns_of(self.config).items():
             self._check_column(column, role)
+
+    def _check_image_column(self) -> None:
+        """Where rows may lack images, all of them do if the column is named wrongly: that is to be noticed."""
+        column = self.config.image
+        # A recipe that was written out states every key, so another name than the usual one is what tells.
+        stated = column != type(self.config).model_fields["image"].default and column not in self.rows.optional
+        if self.layout in ("caption", "text") or not (stated or self.layout == "question"):
+            return
+        keys = self.rows.columns
+        if keys is None:
+            if any(column in record for record in self._first_records()):
+                return
+            keys = next((list(record) for record in self._first_records()), [])
+            where = f"none of the first {min(_LOOKED, len(self))} rows has {column!r}"
+        elif column in keys:
+            return
+        else:
+            where = f"no column {column!r}"
+        missing = (
+            f"{self.name}: {where} for the image; there is {', '.join(keys)} (name another with `image:` in the data "
+            "source, or --image)"
+        )
+        if stated:
+            raise DataError(missing)
+        _LOGGER.warning("%s; its questions are learnt without images", missing)
+
+    def _first_records(self) -> Iterator[dict[str, Any]]:
+        for row in range(min(_LOOKED, len(self))):
+            with contextlib.suppress(DataError):
+                yield self.rows.read(row)
 
     def _check_column(self, column: str, role: str) -> None:
         available = self.rows.columns

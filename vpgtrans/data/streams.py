@@ -68,6 +68,9 @@ class StreamRows(Rows):
     def columns(self) -> list[str] | None:
         return self._table.column_names
 
+    def may_name_files(self, column: str) -> bool:
+        return False  # a hub's rows name no file of this machine
+
     @property
     def fingerprint(self) -> str:
         return self._state

@@ -38,6 +38,19 @@ class ArrowRows(Rows):
     def read(self, row: int) -> dict[str, Any]:
         return self._table[row]
 
+    def may_name_files(self, column: str) -> bool:
+        if column not in self.columns:
+            return False
+        found = self._table.data.column(column)
+        if not _beside_bytes(found.type):
+            return _may_hold_paths(found.type)
+        for chunk in found.chunks:
+            while _is_list(chunk.type):
+                chunk = chunk.flatten()
+            if chunk.field("bytes").null_count < len(chunk):
+                return False
+        return True
+
     def values(self, column: str) -> Iterator[Any]:
         if column not in self.columns:
             return iter([None] * len(self))
@@ -116,6 +129,26 @@ class ParquetRows(Rows):
             return table.slice(row - int(self._starts[place]), 1).to_pylist()[0]
         except (ValueError, OverflowError) as error:  # a text that is no UTF-8, a date that is none
             raise DataError(f"{self.where(row)}: not readable ({error})") from error
+
+    def may_name_files(self, column: str) -> bool:
+        import pyarrow.parquet as pq
+
+        if column not in self.columns:
+            return False
+        for file in self.files:
+            with _reading(file):
+                metadata = pq.read_metadata(file)
+                kind = metadata.schema.to_arrow_schema().field(column).type
+                if not _beside_bytes(kind):
+                    return _may_hold_paths(kind)
+                leaves = [metadata.schema.column(number).path.split(".") for number in range(metadata.num_columns)]
+                place = next(n for n, leaf in enumerate(leaves) if leaf[0] == column and leaf[-1] == "bytes")
+                for group in range(metadata.num_row_groups):
+                    about = metadata.row_group(group).column(place)
+                    known = about.statistics is not None and about.statistics.has_null_count
+                    if not known or about.statistics.null_count < about.num_values:
+                        return False
+        return True
 
     def values(self, column: str) -> Iterator[Any]:
         import pyarrow.parquet as pq
@@ -232,6 +265,47 @@ def quiet_datasets() -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _element(kind: Any) -> Any:
+    """Of a list in any depth the type that it is of."""
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _beside_bytes(kind: Any) -> bool:
+    """Whether it is what `datasets` keeps of an image: a path matters only where there are no bytes."""
+    import pyarrow as pa
+
+    kind = _element(kind)
+    return pa.types.is_struct(kind) and any(f.name == "bytes" and not pa.types.is_null(f.type) for f in kind)
+
+
+def _may_hold_paths(kind: Any) -> bool:
+    """Whether a column of this type, of images or of turns, can hold paths of images."""
+    import pyarrow as pa
+
+    kind = _element(kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        if _beside_bytes(kind):
+            return False
+        return any(
+            _may_hold_paths(field.type)
+            for field in kind
+            # a turn's content holds images only where it is in parts
+            if field.name in ("path", "image", "image_url", "url")
+            or (field.name in ("content", "value") and _is_list(field.type))
+        )
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 @contextlib.contextmanager

@@ -65,6 +65,17 @@ class TarRows(Rows):
         return int(self._starts[-1])
 
     @property
+    def optional(self) -> Sequence[str]:
+        return ("image", "images")
+
+    def may_name_files(self, column: str) -> bool:
+        """Where the shards hold images, these are the samples' images."""
+        if any("://" in url for url in self.urls):
+            return False  # a path there is none here, and reading every sample takes long
+        found = (samples["extension"].combine_chunks().flatten().unique() for samples in self._samples)
+        return not any(name.rpartition(".")[2] in IMAGES for names in found for name in names.to_pylist())
+
+    @property
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(self._states).encode()).hexdigest()
 
