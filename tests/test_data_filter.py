@@ -347,6 +347,84 @@ def test_what_was_measured_otherwise_is_measured_anew(tmp_path: Path, monkeypatc
         assert second.rows == list(range(2 * run_module.UNIT))
 
 
+class Slow(Counting):
+    """Another score, of the same kind."""
+
+    def __init__(self, stop: int | None = None):
+        super().__init__(stop)
+        self.names = {"slow": "high"}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"scorer": "slow"}
+
+    def measure(self, batch: Batch) -> dict[str, np.ndarray]:
+        return {"slow": super().measure(batch)["length"]}
+
+
+def test_a_scorer_that_is_added_costs_nothing_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_module, "PART_SECONDS", 0.0)
+    count = 4 * run_module.UNIT
+    source = DataSource(dataset=str(texts(tmp_path / "data.parquet", count)), text="body")
+    file, parts = tmp_path / "s.parquet", tmp_path / "s.parquet.parts"
+    with pytest.raises(KeyboardInterrupt):
+        filter_data(source, file, lambda _: [Slow(stop=3 * run_module.UNIT)], rules={})
+    (parts / "mine").mkdir()
+    (parts / "mine/task.json").write_text("[]")
+    (parts / "notes.txt").write_text("mine")
+    slow, length = Slow(), Counting()
+    filter_data(source, file, lambda _: [length, slow], rules={})
+    assert slow.rows == list(range(3 * run_module.UNIT, count))
+    assert length.rows == list(range(count))
+    assert pq.read_table(file)["slow"].to_pylist() == pq.read_table(file)["length"].to_pylist() == [2.0] * count
+    assert sorted(str(path.relative_to(parts)) for path in parts.rglob("*")) == ["mine", "mine/task.json", "notes.txt"]
+
+
+def test_scores_of_other_columns_or_images_are_not_taken(tmp_path: Path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(drawing(["red", "blue", "green"][number])))
+    images = [f"{number}.png" for number in range(3)]
+    data = write_table(tmp_path / "d.parquet", image=images, short=["a b"] * 3, long=["a b c d"] * 3)
+    arguments = (data, "--scores", tmp_path / "s.parquet", "--scorer", "duplicate-image")
+    assert filtered(*arguments, "--caption", "short")["kept"] == 3
+    other = invoke("data", "filter", *arguments, "--caption", "long")
+    assert other.exit_code == 2
+    assert "by other columns" in other.output
+    # `filter:` keeps rows, whatever is learnt of them
+    kept = DataSource(dataset=str(data), caption="long", filter=str(tmp_path / "s.parquet"))
+    assert len(open_dataset(kept)) == 3
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes())
+    changed = invoke("data", "filter", *arguments, "--caption", "short")
+    assert changed.exit_code == 2
+    assert "images as they were before" in changed.output
+
+
+def test_a_row_that_one_scorer_cannot_read_stays_out(tmp_path: Path):
+    images = [b"broken", *(png(drawing(colour)) for colour in ("red", "blue"))]
+    data = write_table(tmp_path / "d.parquet", image=images, caption=["a b", "A b", "c d"])
+    looks, length = ("--scorer", "duplicate-image"), ("--scorer", "length", "--words", "1:")
+    expected = {"kept": 2, "unreadable": 1, "left_out": 0}
+
+    def check(file: str, *scorers: str, **figures: int) -> dict[str, list[Any]]:
+        found = filtered(data, "--scores", tmp_path / file, *scorers)
+        assert {key: found[key] for key in expected} == expected | figures
+        return pq.read_table(tmp_path / file).to_pydict()
+
+    check("a.parquet", *looks)
+    table = check("a.parquet", *looks, *length)
+    assert table["keep"] == [False, True, True]
+    assert table["length"] == [None, 2, 2]
+    # nor is it the first of its duplicates
+    assert check("a.parquet", "--scorer", "duplicate-text")["duplicate-text"] == [None, 0, 0]
+    # also where that turns out later: what was compared with it is so anew
+    assert check("b.parquet", "--scorer", "duplicate-text", *length, unreadable=0, left_out=1)["length"] == [2, 2, 2]
+    table = check("b.parquet", "--scorer", "duplicate-text", *looks)
+    assert table["duplicate-text"] == [None, 0, 0]
+    assert table["length"] == [None, 2, 2]
+    check("c.parquet", "--scorer", "duplicate-text", unreadable=0, left_out=1)
+    assert "duplicate-text" not in check("c.parquet", *looks)
+
+
 # --- models -------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Score a data set, choose what to keep, write the sidecar. What is scored already is not scored again."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -29,6 +31,7 @@ UNIT = 32
 PART_SECONDS = 30.0
 """A stopped run loses as much at most, and a unit."""
 PART_ROWS = 1 << 16
+_TASK = "task.json"
 
 
 @dataclass(frozen=True)
@@ -70,50 +73,85 @@ def filter_data(
     if unknown := sorted(set(rules) - set(names)):
         raise DataError(f"no score {', '.join(unknown)}; the scores are {', '.join(names)}")
     parts = file.with_name(f"{file.name}.parts")
-    earlier = sidecar.read(file, source.rows)
-    missing = [scorer for scorer in chosen if earlier is None or not _has(earlier, scorer)]
-    if missing:
-        with owned(parts):
-            scored = _measured(source, missing, parts)
-    else:
-        assert earlier is not None
-        scored = earlier
-    if earlier is not None and scored is not earlier:
-        scored.scores = earlier.scores | scored.scores
-        scored.settings = earlier.settings | scored.settings
-    # Rows are judged among those that can be learnt.
-    scores = {name: np.where(scored.readable, scored.scores[name], np.nan) for name in names}
-    keep = choose(scores, rules, union=union) & scored.readable
-    sidecar.write(file, source.rows, scored, keep)
-    shutil.rmtree(parts, ignore_errors=True)
+    done: list[Path] = []
+    with owned(parts):
+        try:
+            scored = sidecar.read(file, source)
+            while missing := [scorer for scorer in chosen if scored is None or not _has(scored, scorer)]:
+                group, folder = _group(source, missing, parts)
+                scored = _merged(scored, group, _measured(source, group, folder))
+                done.append(folder)
+            assert scored is not None
+            # Rows are judged among those that can be learnt.
+            scores = {name: np.where(scored.readable, scored.scores[name], np.nan) for name in names}
+            keep = choose(scores, rules, union=union) & scored.readable
+            sidecar.write(file, source, scored, keep)
+            for folder in done:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            with contextlib.suppress(OSError):  # something is left in it
+                parts.rmdir()
     return _summary(file, scored, scores, rules, keep)
 
 
 def _has(earlier: Scored, scorer: Scorer) -> bool:
-    return all(name in earlier.scores and earlier.settings.get(name) == scorer.settings for name in scorer.names)
+    return all(
+        name in earlier.scores and earlier.settings.get(name) == [scorer.settings, scorer.relative]
+        for name in scorer.names
+    )
 
 
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(source: Source, scorers: Sequence[Scorer], parts: Path) -> Scored:
-    """Measure all rows, from where an earlier call stopped, and make the scores of it."""
+def _task(source: Source, scorers: Sequence[Scorer]) -> dict[str, Any]:
+    """What measurements depend on."""
+    return {"fingerprint": source.fingerprint, "scorers": sorted(map(_named, scorers), key=lambda one: one[0])}
+
+
+def _named(scorer: Scorer) -> list[Any]:
+    return [sorted(scorer.names), scorer.settings]
+
+
+def _folder(parts: Path, task: dict[str, Any]) -> Path:
+    return parts / hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _group(source: Source, scorers: Sequence[Scorer], parts: Path) -> tuple[Sequence[Scorer], Path]:
+    """Scorers to measure together and the folder of their parts: those that an earlier call went furthest with, so
+    that nothing is lost if others are asked for besides; else all."""
+    found: list[tuple[int, Sequence[Scorer], Path]] = []
+    for state in sorted(parts.glob(f"*/{_TASK}")):
+        try:
+            known = json.loads(state.read_text())["scorers"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # none of ours
+        named = [scorer for scorer in scorers if _named(scorer) in known]
+        if named and state.parent == _folder(parts, _task(source, named)):
+            found.append((_measured_rows(state.parent), named, state.parent))
+    _, group, folder = max(found, default=(0, scorers, _folder(parts, _task(source, scorers))), key=lambda one: one[0])
+    return group, folder
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Named by the row that the next one begins with."""
+    return sorted(part for part in folder.glob("*.parquet") if part.stem.isdecimal())
+
+
+def _measured_rows(folder: Path) -> int:
+    done = _parts(folder)
+    return int(done[-1].stem) if done else 0
+
+
+def _measured(source: Source, scorers: Sequence[Scorer], folder: Path) -> Any:
+    """Measure all rows, from where an earlier call stopped: an Arrow table of id, problem and measurements."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    task = {
-        "fingerprint": source.fingerprint,
-        "scorers": [[sorted(scorer.names), scorer.settings] for scorer in scorers],
-    }
-    state = parts / "task.json"
-    text = json.dumps(task, sort_keys=True)
-    if not state.is_file() or state.read_text() != text:
-        for old in parts.iterdir():
-            old.unlink()
-        with appearing(state) as temporary:
-            temporary.write_text(text)
-    done = sorted(parts.glob("*.parquet"))
-    start = int(done[-1].stem) if done else 0
+    folder.mkdir(exist_ok=True)
+    with appearing(folder / _TASK) as temporary:
+        temporary.write_text(json.dumps(_task(source, scorers)))
+    start = _measured_rows(folder)
     with bar() as progress:
         shown = progress.add_task(f"{source.name}: scores", total=len(source), completed=start, note="")
         while start < len(source):
@@ -126,17 +164,29 @@ def _measured(source: Source, scorers: Sequence[Scorer], parts: Path) -> Scored:
                 progress.advance(shown, len(rows))
                 if time.monotonic() - begun > PART_SECONDS:
                     break
-            part = parts / f"{start:012d}.parquet"  # named by where the next one begins
-            with appearing(part) as temporary:
+            with appearing(folder / f"{start:012d}.parquet") as temporary:
                 pq.write_table(pa.concat_tables([pa.table(column) for column in columns]), temporary)
-            done.append(part)
-    table = pa.concat_tables([pq.read_table(part) for part in done])
+    return pa.concat_tables([pq.read_table(part) for part in _parts(folder)])
+
+
+def _merged(earlier: Scored | None, scorers: Sequence[Scorer], table: Any) -> Scored:
+    """Measurements as scores, beside the earlier ones. A row is readable if it was so for every scorer."""
+    import pyarrow.compute as pc
+
     problems = table["problem"].combine_chunks()
-    measured = {name: table[name].to_numpy() for name in table.column_names if name not in ("id", "problem")}
+    if earlier is not None:
+        problems = pc.coalesce(earlier.problems, problems)
     scored = Scored(table["id"].combine_chunks(), problems, {}, {})
+    if earlier is not None:
+        same = np.array_equal(scored.readable, earlier.readable)
+        for name, (settings, relative) in earlier.settings.items():
+            if same or not relative:
+                scored.scores[name] = np.where(scored.readable, earlier.scores[name], np.nan)
+                scored.settings[name] = [settings, relative]
+    measured = {name: table[name].to_numpy() for name in table.column_names if name not in ("id", "problem")}
     for scorer in scorers:
         scored.scores |= scorer.scores(measured, scored.readable)
-        scored.settings |= dict.fromkeys(scorer.names, scorer.settings)
+        scored.settings |= {name: [scorer.settings, scorer.relative] for name in scorer.names}
     return scored
 
 

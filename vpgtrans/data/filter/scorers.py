@@ -45,6 +45,8 @@ class Scorer(ABC):
     """Its scores' names, and which end is the good one."""
     looks = False
     """Whether it needs the images."""
+    relative = False
+    """Whether a row's score depends on which other rows are readable."""
 
     @property
     @abstractmethod
@@ -80,6 +82,8 @@ class Duplicate(Scorer):
     Texts are the same if they are so without case, punctuation and spaces; pictures if their perceptual hashes nearly
     are. Rows that are not the first are left out, so pictures are compared with firsts only.
     """
+
+    relative = True
 
     def __init__(self, of: str = "pair"):
         """of: pair, text or image."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vpgtrans.data.kept import KEY, read_made_for
-from vpgtrans.data.rows import Rows
+from vpgtrans.data.sources import Source
 from vpgtrans.errors import OutputError
 from vpgtrans.files import appearing
 
@@ -29,7 +29,7 @@ class Scored:
 
     Attributes:
         ids, problems: Arrow arrays of strings [n]. scores: float64 [n] each, NaN where there is none.
-        settings: what each score depends on.
+        settings: of each score what it depends on, and whether it does on which other rows are readable.
     """
 
     ids: Any
@@ -43,15 +43,16 @@ class Scored:
         return self.problems.is_null().to_numpy(zero_copy_only=False)
 
 
-def read(file: Path, rows: Rows) -> Scored | None:
+def read(file: Path, source: Source) -> Scored | None:
     """What an earlier call wrote; None where there is no file.
 
     Raises:
-        OutputError: the file is something else, or was made for another data set.
+        OutputError: the file is something else, or was made for another data set, or for other columns of this one.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows = source.rows
     if not file.exists():
         return None
     try:
@@ -61,8 +62,14 @@ def read(file: Path, rows: Rows) -> Scored | None:
             raise OutputError(f"{file} is there, and no file of scores; give another name")
         if made_for != [len(rows), rows.fingerprint]:
             raise OutputError(f"{file} holds scores of another data set than {rows.name}; give another name")
+        said = json.loads(table.schema_arrow.metadata[KEY])
+        if said["source"] != source.fingerprint:
+            raise OutputError(
+                f"{file} holds scores of {rows.name} by other columns, or with its images as they were before; give "
+                "another name"
+            )
         read = table.read()
-        settings = json.loads(table.schema_arrow.metadata[KEY])["settings"]
+        settings = said["settings"]
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise OutputError(f"{file} is there, and not readable as scores ({error}); give another name") from error
     names = [name for name in read.column_names if name not in OWN]
@@ -70,12 +77,17 @@ def read(file: Path, rows: Rows) -> Scored | None:
     return Scored(read["id"].combine_chunks(), read["problem"].combine_chunks(), scores, settings)
 
 
-def write(file: Path, rows: Rows, scored: Scored, keep: np.ndarray) -> None:
+def write(file: Path, source: Source, scored: Scored, keep: np.ndarray) -> None:
     """Replace the file at once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    said = {"rows": len(rows), "fingerprint": rows.fingerprint, "settings": scored.settings}
+    said = {
+        "rows": len(source.rows),
+        "fingerprint": source.rows.fingerprint,  # what `filter:` goes by, whatever columns a recipe names
+        "source": source.fingerprint,
+        "settings": scored.settings,
+    }
     columns = {
         "id": scored.ids,
         "row": pa.array(np.arange(len(keep))),
