@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vpgtrans.data.filter.choose import Rule, choose
 from vpgtrans.data.filter.models import VLM_SCORES
 from vpgtrans.data.filter.run import filter_data
 from vpgtrans.data.openmoji import build_openmoji
+from vpgtrans.runs.parts import open_vlm, pick_device
 
 RESULTS = Path(__file__).parent / "results" / "filter.json"
 SHARE = 0.1
@@ -82,7 +84,13 @@ def scored(table: Any, captions: Sequence[str], vlm: str, *, others: int) -> dic
         data, scores = Path(directory) / "data.parquet", Path(directory) / "scores.parquet"
         place = table.column_names.index("caption")
         pq.write_table(table.set_column(place, "caption", pa.array(captions)), data)
-        scorers, rules = plan(scorers=list(VLM_SCORES), vlm=vlm, others=others)
+        scorers, rules = plan(
+            scorers=list(VLM_SCORES),
+            vlm=vlm,
+            others=others,
+            open_vlm=partial(open_vlm, device="auto"),
+            device=pick_device("auto"),
+        )
         filter_data(DataSource(dataset=str(data)), scores, scorers, rules=rules)
         written = pq.read_table(scores)
     return {name: written[name].to_numpy() for name in VLM_SCORES}

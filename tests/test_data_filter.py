@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -539,7 +540,9 @@ def test_a_model_that_is_no_clip_is_one_message(tmp_path: Path, tiny: Tiny):
 
 def test_models_are_opened_only_if_something_is_to_be_scored(tmp_path: Path, tiny: Tiny):
     data = write_captions(tmp_path / "data.parquet", count=3)
-    scorers, rules = plan(scorers=["vlm-loss"], vlm=str(tiny.source), keep_fraction=0.7)
+    scorers, rules = plan(
+        scorers=["vlm-loss"], vlm=str(tiny.source), keep_fraction=0.7, open_vlm=vt.load, device=torch.device("cpu")
+    )
     source = DataSource(dataset=str(data))
     made: list[Any] = []
 
@@ -551,3 +554,10 @@ def test_models_are_opened_only_if_something_is_to_be_scored(tmp_path: Path, tin
     assert "_vlm" in vars(made[0])
     assert filter_data(source, tmp_path / "s.parquet", build, rules=rules).kept == 2
     assert "_vlm" not in vars(made[0])
+
+
+def test_data_knows_nothing_of_what_builds_on_it():
+    upward = re.compile(r"^\s*(from|import) vpgtrans\.(runs|cli|training|transfer)\b", re.MULTILINE)
+    files = list((Path(vt.__file__).parent / "data").rglob("*.py"))
+    assert files
+    assert [file.name for file in files if upward.search(file.read_text())] == []

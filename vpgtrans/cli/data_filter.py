@@ -1,6 +1,7 @@
 """`vpgtrans data filter`: score a data set, and say which rows to keep."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ from vpgtrans.cli.options import Examples, device_option, json_option, trust_opt
 @device_option
 @trust_option
 @json_option
-def command(dataset: str, *, scores: Path, as_json: bool, **options: Any) -> None:
+def command(
+    dataset: str, *, scores: Path, union: bool, device: str, trust_remote_code: bool, as_json: bool, **options: Any
+) -> None:
     """Score every sample of DATASET and write the scores, and which rows to keep, to a parquet file.
 
     The data set stays as it is: `filter: FILE.parquet` in a recipe's data source leaves the other rows out. vlm-gap
@@ -72,8 +75,9 @@ def command(dataset: str, *, scores: Path, as_json: bool, **options: Any) -> Non
     with console.loading():
         from vpgtrans.data.filter.build import plan
         from vpgtrans.data.filter.run import filter_data
-    union = options.pop("union")
-    scorers, rules = plan(**options)
+        from vpgtrans.runs.parts import open_vlm, pick_device
+    opener = partial(open_vlm, device=device, trust_remote_code=trust_remote_code)
+    scorers, rules = plan(**options, open_vlm=opener, device=pick_device(device))
     done = filter_data(source, scores, scorers, rules=rules, union=union)
     if as_json:
         console.print_json(asdict(done))

@@ -4,12 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from vpgtrans.data.filter.choose import Better, Rule
 from vpgtrans.data.filter.models import VLM_SCORES, Clip, VlmLoss
 from vpgtrans.data.filter.scorers import Column, Duplicate, Length, Scorer
 from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError
 from vpgtrans.explain import did_you_mean
+from vpgtrans.vlm import VLM
 
 _DUPLICATES = {"duplicate": "pair", "duplicate-text": "text", "duplicate-image": "image"}
 _NAMES = (*VLM_SCORES, "clip", "length", *_DUPLICATES)
@@ -18,6 +21,8 @@ _NAMES = (*VLM_SCORES, "clip", "length", *_DUPLICATES)
 def plan(
     *,
     scorers: Sequence[str],
+    open_vlm: Callable[[str], VLM],
+    device: torch.device,
     keep_fraction: float | None = None,
     thresholds: Sequence[str] = (),
     words: str | None = None,
@@ -25,10 +30,11 @@ def plan(
     clip: str | None = None,
     others: int = 8,
     seed: int = 0,
-    device: str = "auto",
-    trust_remote_code: bool = False,
 ) -> tuple[Callable[[Source], list[Scorer]], dict[str, Rule]]:
     """What makes the scorers of a source, and a rule for each score that has one.
+
+    Args:
+        open_vlm: what `vlm` names, when it is first needed. device: of `clip`.
 
     Raises:
         DataError: a scorer that there is not, or one without what it needs.
@@ -59,11 +65,7 @@ def plan(
     def build(source: Source) -> list[Scorer]:
         built: list[Scorer] = []
         if of_vlm and vlm is not None:
-            built.append(
-                VlmLoss(
-                    source, vlm, of_vlm, others=others, seed=seed, device=device, trust_remote_code=trust_remote_code
-                )
-            )
+            built.append(VlmLoss(source, vlm, of_vlm, open_vlm=open_vlm, others=others, seed=seed))
         for name in names:
             if name == "clip" and clip is not None:
                 built.append(Clip(clip, device=device))

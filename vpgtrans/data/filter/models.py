@@ -1,6 +1,6 @@
 """Scorers that ask a model: the caption loss of one of our VLMs, image-text cosine of a CLIP or SigLIP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,6 @@ from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError, ReferenceError_
 from vpgtrans.prompts import VISUAL, Encoded, TooLong, answer_of
 from vpgtrans.references import digest, file_sha256, resolve
-from vpgtrans.runs.parts import open_vlm, pick_device
 from vpgtrans.vision.preprocess import to_rgb
 from vpgtrans.vlm import VLM
 
@@ -44,13 +43,12 @@ class VlmLoss(Scorer):
         reference: str,
         names: Sequence[str],
         *,
+        open_vlm: Callable[[str], VLM],
         others: int = 8,
         batch_size: int = 16,
         seed: int = 0,
-        device: str = "auto",
-        trust_remote_code: bool = False,
     ):
-        """names: of `VLM_SCORES`. others: images. seed: of their choice.
+        """names: of `VLM_SCORES`. open_vlm: of a reference. others: images. seed: of their choice.
 
         Raises:
             ReferenceError_: it is no VLM of ours.
@@ -59,7 +57,7 @@ class VlmLoss(Scorer):
         self._source = source
         self._batch_size = batch_size
         self._count, self._seed = others, seed
-        self._open = lambda: open_vlm(reference, device=device, trust_remote_code=trust_remote_code).eval()
+        self._open = lambda: open_vlm(reference).eval()
         found = resolve(reference)
         if found.kind != "vlm":
             raise ReferenceError_(f"{reference}: no VLM directory, run or registry entry of ours")
@@ -147,14 +145,14 @@ class Clip(Scorer):
 
     looks = True
 
-    def __init__(self, reference: str, *, device: str = "auto"):
+    def __init__(self, reference: str, *, device: torch.device):
         """
         Raises:
             ReferenceError_: it doesn't resolve to a directory with a model.
         """
         self.names = {"clip": "high"}
         self._reference = reference
-        self._device = pick_device(device)
+        self._device = device
         self._path = resolve(reference).path
         weights = sorted(file for file in self._path.glob("*") if file.suffix in (".safetensors", ".bin"))
         if not weights:
