@@ -135,8 +135,7 @@ def play(pair: Pair, recipe: Recipe, *, features: Path) -> Round:
 def fill(pair: Pair, recipe: Recipe, *, features: Path) -> dict[str, Any]:
     """What preparing the stage's images costs with an empty cache: the bill that is paid once."""
     run = pair.stage_run(recipe, Timeline(), features=features)
-    batches = pair.train.batches(recipe.seed, batch_size=run.stage.batch_size)
-    distinct = np.unique(np.concatenate([next(batches) for _ in range(run.updates)]))
+    distinct = np.unique(pair.train.draws(recipe.seed, 0, run.updates * run.stage.batch_size))
     images = len(distinct) + len(run.validator.rows)
     samples = run.data.samples
     row = samples.fetch([int(distinct[0])]).inputs

@@ -96,7 +96,7 @@ def test_rows_that_are_not_kept_are_not_there(tmp_path: Path):
     source = DataSource(dataset=str(data), text="body", filter=str(tmp_path / "keep.parquet"))
     opened = open_dataset(source)
     assert [opened.sample(row).id for row in range(len(opened))] == ["t0", "t3", "t6", "t9"]
-    assert opened.column("body") == ["text 0", "text 3", "text 6", "text 9"]
+    assert list(opened.rows.values("body")) == ["text 0", "text 3", "text 6", "text 9"]
     assert opened.rows.where(2).endswith("row 6")
     assert opened.rows.stretches is not None
     assert opened.rows.stretches.tolist() == [0, 2, 3]

@@ -1,6 +1,5 @@
 """Images on their way into training: unreadable ones, the frozen front and its cache."""
 
-import itertools
 import json
 
 import pytest
@@ -44,8 +43,7 @@ def test_unreadable_images_are_skipped_and_listed(root, tmp_path, cached):
     assert all("not a readable image" in line["reason"] for line in listed)
     pictures = Pictures(14)
     vlm = build_vlm(root)
-    batches = mixtures()["train"].batches(0, batch_size=28)
-    taught = [int(row) for row in next(batches) if row not in (2, 5)]
+    taught = [int(row) for row in mixtures()["train"].draws(0, 0, 28) if row not in (2, 5)]
     assert result.text_tokens == sum(vlm.splice.prompter.encode(pictures.captions[row]).answers for row in taught)
 
 
@@ -62,7 +60,7 @@ def test_too_many_unreadable_images_stop_the_run(root, tmp_path, cached):
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_few_unreadable_images_at_the_start_do_not_stop_the_run(root, tmp_path, cached):
     """Two of the first four images, and two of the 19 that the stage visits."""
-    first = next(mixtures()["train"].batches(0, batch_size=4))
+    first = mixtures()["train"].draws(0, 0, 4)
     unreadable = [int(row) for row in first[:2]]
     stage = {**WARMUP, "budget": {"samples": 28}, "cache_features": cached}
     train(build_vlm(root), lenient(stage, 0.11), tmp_path, unreadable=unreadable)
@@ -71,7 +69,7 @@ def test_a_few_unreadable_images_at_the_start_do_not_stop_the_run(root, tmp_path
 
 def test_a_run_that_was_allowed_to_go_on_is_allowed_to_resume(root, tmp_path, monkeypatch):
     """The images of its last update are not counted as if they were all."""
-    unreadable = [int(row) for row in list(itertools.islice(mixtures()["train"].batches(0, batch_size=4), 3))[-1][:2]]
+    unreadable = [int(row) for row in mixtures()["train"].draws(0, 8, 10)]
     recipe = lenient({**WARMUP, "budget": {"samples": 12}, "validate_every": 4, "cache_features": True}, 0.15)
     with pytest.MonkeyPatch.context() as patch:
         step = StageModule.training_step

@@ -141,13 +141,9 @@ def test_weights_that_are_none(weight: float):
 def test_batches_go_on_anywhere(mixture: Mixture, seed: int, start: int, batch_size: int):
     whole = mixture.draws(seed, 0, start + 60)
     again = pickle.loads(pickle.dumps(mixture))
-    drawn: list[int] = []
-    for batch in again.batches(seed, start, batch_size=batch_size):
-        assert batch.shape == (batch_size,)
-        drawn += batch.tolist()
-        if len(drawn) >= 60:
-            break
-    assert drawn[:60] == whole[start:].tolist()
+    drawn = [again.draws(seed, first, first + batch_size) for first in range(start, start + 60, batch_size)]
+    assert {batch.shape for batch in drawn} == {(batch_size,)}
+    assert np.concatenate(drawn)[:60].tolist() == whole[start:].tolist()
     epoch, offset = divmod(start, len(mixture))
     assert whole[start] == mixture.order(seed, epoch)[offset]
 
@@ -256,8 +252,6 @@ def test_sources_of_a_recipe(tmp_path: Path):
     first = mixture(3.0)
     assert first.shares.tolist() == [0.75, 0.25]
     assert [first.sample(sample).references[0] for sample in (0, 3)] == [CAPTIONS[0], "t0"]
-    assert first.fingerprint == mixture(3.0).fingerprint
-    assert first.fingerprint != mixture(2.0).fingerprint
     again = pickle.loads(pickle.dumps(first))
     assert again.draws(0, 5, 40).tolist() == first.draws(0, 5, 40).tolist()
     assert again.sample(11) == first.sample(11)

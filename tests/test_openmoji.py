@@ -239,7 +239,7 @@ def test_openmoji_as_a_source():
     captions = open_dataset(DataSource(dataset="openmoji", split="validation", limit=20))
     assert len(captions) == 20
     assert captions.image(3).size == (IMAGE_SIZE, IMAGE_SIZE)
-    assert set(captions.column("tests")) <= {"combination", "words", "tone"}
+    assert set(captions.rows.values("tests")) <= {"combination", "words", "tone"}
     train = open_dataset(DataSource(dataset="openmoji"))
     assert train.weights.max() > 2 * train.weights.min()
     with pytest.raises(DataError, match="no split 'valid'; it has train, validation"):

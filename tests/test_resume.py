@@ -152,7 +152,7 @@ def test_two_processes_give_what_one_gives(root, tmp_path):
         [WARMUP, finetune],
         data={"train": [{"dataset": "unused"}], "validation": [{"dataset": "unused"}], "max_bad_fraction": 0.5},
     )
-    rows = [int(row) for row in next(mixtures()["train"].batches(recipe.seed, batch_size=4))]
+    rows = [int(row) for row in mixtures()["train"].draws(recipe.seed, 0, 4)]
     unreadable = {rows[0], *rows[1::2]}  # of the first batch the second process gets the odd rows
     assert len(unreadable) == 3
     alone = build_vlm(root, dropout=0.0)
@@ -184,8 +184,7 @@ def test_two_processes_give_what_one_gives(root, tmp_path):
 
 
 def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(root, tmp_path):
-    batches = mixtures()["train"].batches(0, batch_size=4)
-    second = sorted(int(row) for _ in range(2) for row in next(batches)[1::2])  # what the second process gets
+    second = sorted(mixtures()["train"].draws(0, 0, 8)[1::2].tolist())  # what the second process gets
     entry = [{"dataset": "unused"}]
     recipe = make_recipe(
         [{**WARMUP, "cache_features": False}],

@@ -50,16 +50,16 @@ def test_limit_takes_the_first_rows(tmp_path: Path):
     )
     source = opened(file, limit=2)
     assert [(source.id(row), source.caption(row)) for row in range(len(source))] == [("i", "w"), ("j", "x")]
-    assert source.column("id") == ["i", "j"]
     assert len(opened(file, limit=9)) == 4
 
 
 def test_own_column_names_and_other_columns(tmp_path: Path):
     file = write_parquet(tmp_path / "a.parquet", picture=IMAGES[:1], text=["x"], kind=["animal"])
     source = opened(file, image="picture", caption="text")
-    assert source.column("kind") == ["animal"]
+    assert source.caption(0) == "x"
+    assert source.sample(0).images == (IMAGES[0],)
     with pytest.raises(DataError, match=r"'nope'.*; the columns are picture, text, kind"):
-        source.column("nope")
+        opened(file, image="nope", caption="text")
 
 
 def test_rows_without_a_name_are_numbered(tmp_path: Path):

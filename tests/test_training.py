@@ -219,7 +219,7 @@ def test_the_logged_loss_is_the_mean_over_the_batchs_answer_tokens(root, tmp_pat
     vlm = build_vlm(root)
     recipe = one_stage(lr=1e-3)
     mixture = mixtures()["train"]
-    rows = [int(row) for row in next(mixture.batches(0, 0, batch_size=4))]
+    rows = [int(row) for row in mixture.draws(0, 0, 4)]
     front = FrozenFront(vlm.vpg.eval(), "tokens")
     with torch.no_grad():
         prompts = vlm.prompts_from(front([mixture.image(row) for row in rows]).float())
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(root, tmp_pa
     message = str(caught.value)
     assert "stage only, update 3: the loss is nan" in message
     mixture = mixtures()["train"]
-    rows = list(mixture.batches(0, 8, batch_size=4).__next__())
+    rows = list(mixture.draws(0, 8, 12))
     assert all(mixture.id(int(row)) in message for row in rows)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # the last good ones
 
@@ -402,7 +402,7 @@ def test_a_batch_of_which_nothing_is_left_changes_nothing_and_the_run_goes_on(ro
     entry = [{"dataset": "unused"}]
     lenient = {"data": {"train": entry, "validation": entry, "max_bad_fraction": 1.0}}
     stage = {**WARMUP, "cache_features": False}
-    first = [int(row) for row in next(mixtures()["train"].batches(0, batch_size=4))]
+    first = [int(row) for row in mixtures()["train"].draws(0, 0, 4)]
     vlm = build_vlm(root)
     with pytest.MonkeyPatch.context() as patch:
         states = []

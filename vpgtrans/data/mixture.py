@@ -4,7 +4,6 @@ So it does not depend on how many processes or loaders there are, and a run that
 nothing but k.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 
@@ -49,14 +48,6 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the sources' content and their shares."""
-        digest = hashlib.sha256()
-        for source, share in zip(self.sources, self.shares, strict=True):
-            digest.update(f"{source.fingerprint} {share!r}\n".encode())
-        return digest.hexdigest()
 
     def locate(self, sample: int) -> tuple[Source, int]:
         """The source of a sample, and its row there."""
@@ -146,12 +137,6 @@ class Mixture:
             pieces.append(piece)
             start += len(piece)
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-
-    def batches(self, seed: int, start: int = 0, *, batch_size: int) -> Iterator[np.ndarray]:
-        """Samples of batch after batch without end, int64 [batch_size], from the run's sample number `start` on."""
-        while True:
-            yield self.draws(seed, start, start + batch_size)
-            start += batch_size
 
     def draws(self, seed: int, start: int, stop: int) -> np.ndarray:
         """The run's samples number `start` to `stop`, int64 [stop - start]."""

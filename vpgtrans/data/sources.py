@@ -20,7 +20,7 @@ from vpgtrans.data.rows import Rows, file_state
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.urls import read
 from vpgtrans.errors import DataError, Dropped
-from vpgtrans.prompts import Text, answer_of
+from vpgtrans.prompts import answer_of
 from vpgtrans.vision.preprocess import image_size, open_image
 
 _LOGGER = logging.getLogger(__name__)
@@ -109,9 +109,6 @@ class Source:
         # JSON can spell halves of characters, which no file takes.
         return str(name).encode("utf-8", "replace").decode()
 
-    def text(self, row: int) -> Text:
-        return self.sample(row).text
-
     def caption(self, row: int) -> str:
         """What is to be said about a sample."""
         return answer_of(self.sample(row).text)
@@ -195,11 +192,6 @@ class Source:
                 continue
             for column in columns:
                 yield from named_files(record.get(column))
-
-    def column(self, name: str) -> list[object]:
-        """All values of another column, such as `base` of openmoji; DataError if there is none."""
-        self._check_column(name, name)
-        return list(islice(self.rows.values(name), len(self)))
 
     def _check_columns(self) -> None:
         for role, column in columns_of(self.config).items():
