@@ -219,6 +219,10 @@ class VLM(nn.Module):
         Raises:
             DataError: an image can't be read.
         """
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt is one text for all images, not {type(prompt).__name__}")
         before = self.question(prompt)
         texts: list[str] = []
         for start in range(0, len(images), batch_size):

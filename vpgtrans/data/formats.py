@@ -13,6 +13,7 @@
 | openmoji | the built-in set |
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from vpgtrans.data.pairs import open_coco, open_gqa, open_vqa
 from vpgtrans.data.rows import ArrayRows, LineRows, Rows
 from vpgtrans.data.tables import ArrowRows, open_delimited, open_parquet, quiet_datasets
 from vpgtrans.errors import DataError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,7 +53,10 @@ def open_rows(source: DataSource) -> Opened:
         if not opened.folder.is_dir():
             raise DataError(f"folder {source.folder!r} of {source.dataset} is no directory ({opened.folder})")
     if source.filter is not None:
+        every = len(opened.rows)
         opened.rows = kept_rows(opened.rows, Path(source.filter).expanduser(), id_column=source.id)
+        left = every - len(opened.rows)
+        _LOGGER.info("%s: %d of %d rows left out by %s", opened.rows.name, left, every, source.filter)
     return opened
 
 
@@ -95,6 +101,8 @@ def _table(source: DataSource) -> Opened:
     if path.is_dir():
         files = _split_files(path, source.split)
         return Opened(open_parquet(files, f"{path} {source.split}"), files[0].absolute().parent, source)
+    if source.split != "train":
+        raise DataError(f"{path}: one file has no split {source.split!r}; right would be a directory, or no split")
     return Opened(_table_file(path), path.absolute().parent, source)
 
 
@@ -206,6 +214,8 @@ def _huggingface(source: DataSource) -> Opened:
                     if source.split not in table:
                         raise DataError(f"{source.dataset}: no split {source.split!r}; it has {', '.join(table)}")
                     table = table[source.split]
+                elif source.split != "train":
+                    raise DataError(f"{source.dataset}: one table without splits, so without {source.split!r}")
     except DataError:
         raise
     except Exception as error:  # of the hub, of a set's files or of what describes them

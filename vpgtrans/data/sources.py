@@ -248,6 +248,19 @@ class Source:
             raise DataError(f"{problem}; none of the first {min(_TRIED, len(self))} rows is a sample")
 
 
+def check_images(source: Source) -> None:
+    """Raises DataError where none of the images of the first rows can be read."""
+    problem: DataError | None = None
+    for row in range(min(_TRIED, len(source))):
+        try:
+            if source.open(source.sample(row)):
+                return
+        except DataError as error:
+            problem = problem if isinstance(error, Dropped) else error
+    if problem is not None:
+        raise DataError(f"{problem}; no image of the first {min(_TRIED, len(source))} rows can be read")
+
+
 def open_dataset(source: DataSource) -> Source:
     """Open what a recipe's data source names.
 

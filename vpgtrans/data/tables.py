@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -254,9 +255,21 @@ def open_table(kind: str, files: Sequence[Path], name: str, **options: Any) -> A
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Progress bars of `datasets` only on a terminal; afterwards as before."""
+    """Progress bars of `datasets` only on a terminal, and none of its log: what it says of errors is in them, too."""
     import datasets
 
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with _without_bars(datasets):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
     if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
         yield
         return

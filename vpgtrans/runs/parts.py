@@ -13,7 +13,7 @@ from PIL import Image
 from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import DataError, Dropped, TransferError
+from vpgtrans.errors import DataError, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
@@ -211,7 +211,10 @@ def check_references(recipe: Recipe) -> None:
 
 
 def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:
-    """Those of the given rows that have an image which can be read, and their first images; damaged ones are logged."""
+    """Those of the given rows that have an image which can be read, and their first images.
+
+    Damaged ones are for those to report who train on them.
+    """
     kept: list[int] = []
     images: list[Image.Image] = []
     for row in rows:
@@ -219,10 +222,8 @@ def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Ima
         try:
             sample = source.sample(index)
             opened = source.open(replace(sample, images=sample.images[:1]))
-        except Dropped:
-            continue
         except DataError as error:
-            _LOGGER.warning("skipped: %s", error)
+            _LOGGER.debug("skipped: %s", error)
         else:
             kept += [row] * len(opened)
             images += opened

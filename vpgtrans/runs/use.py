@@ -9,6 +9,7 @@ import torch
 
 from vpgtrans.config import EncoderConfig, VPGConfig
 from vpgtrans.data.mixture import open_mixture
+from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
 from vpgtrans.evaluation.metrics import score
 from vpgtrans.llm import open_config
@@ -134,7 +135,10 @@ def validate(recipe: Recipe) -> dict[str, Any]:
     config = open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
     found["target_model"] = config.get_text_config().model_type
     for role, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-        found[f"{role}_samples"] = len(open_mixture(sources))
+        mixture = open_mixture(sources)
+        for source in mixture.sources:
+            check_images(source)
+        found[f"{role}_samples"] = len(mixture)
     if isinstance(vpg, VPGConfig):
         _check_encoder(vpg.encoder)
     elif resolved is not None and resolved.kind != "vlm":

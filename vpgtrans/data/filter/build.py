@@ -125,6 +125,8 @@ def _limits(thresholds: Sequence[str], names: Sequence[str], named: dict[str, st
     for text in thresholds:
         name, equals, value = text.rpartition("=")
         name = named.get(name, name)
+        if not equals and not names:
+            raise DataError(f"--threshold {text}: none of the scorers gives a score to choose by")
         if not equals and len(names) != 1:
             raise DataError(
                 f"--threshold {text}: of which score? Right would be SCORER={text}, with {', '.join(names)}"
@@ -148,4 +150,6 @@ def _words(text: str) -> tuple[float | None, float | None]:
     low, colon, high = text.partition(":")
     if not colon or not (low or high) or not all(end.isdigit() or not end for end in (low, high)):
         raise DataError(f"--words {text}: right would be MIN:MAX, such as 3:60 or 3:")
+    if low and high and int(low) > int(high):
+        raise DataError(f"--words {text}: nothing has at least {low} and at most {high} words")
     return (float(low) if low else None), (float(high) if high else None)
