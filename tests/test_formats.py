@@ -506,3 +506,14 @@ def test_parquet_texts_that_are_no_utf8(tmp_path: Path):
         source.sample(1)
     assert counts(source) == (2, 1, 0)
     assert json.dumps(source.id(1))
+
+
+def test_parquet_paths_that_are_no_utf8(tmp_path: Path):
+    paths = write_images(tmp_path)
+    broken = pa.array([paths[0].encode(), b"\xff.png", paths[2].encode()]).cast(pa.binary()).view(pa.string())
+    source = opened(write_parquet(tmp_path / "a.parquet", image=broken, caption=CAPTIONS))
+    assert counts(source) == (2, 1, 0)
+    assert list(source.rows.values("image")) == [paths[0], None, paths[2]]
+    before = source.fingerprint
+    (tmp_path / paths[2]).write_bytes(png((1, 2, 3)) * 2)
+    assert opened(tmp_path / "a.parquet").fingerprint != before

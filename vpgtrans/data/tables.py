@@ -160,7 +160,7 @@ class ParquetRows(Rows):
         for file in self.files:
             with _reading(file), pq.ParquetFile(file) as opened:
                 for batch in opened.iter_batches(columns=[column]):
-                    yield from batch.column(0).to_pylist()
+                    yield from _values(batch.column(0))
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -278,6 +278,21 @@ def _without_bars(datasets: Any) -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
+
+
+def _values(column: Any) -> list[Any]:
+    """Of an Arrow array; None where one is malformed, such as a text that is no UTF-8."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _is_list(kind: Any) -> bool:
