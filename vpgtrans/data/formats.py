@@ -102,7 +102,7 @@ def _table(source: DataSource) -> Opened:
         files = _split_files(path, source.split)
         return Opened(open_parquet(files, f"{path} {source.split}"), files[0].absolute().parent, source)
     if source.split != "train":
-        raise DataError(f"{path}: one file has no split {source.split!r}; right would be a directory, or no split")
+        _LOGGER.warning("%s: one file has no splits; all of it is taken as %s", path, source.split)
     return Opened(_table_file(path), path.absolute().parent, source)
 
 
@@ -215,7 +215,7 @@ def _huggingface(source: DataSource) -> Opened:
                         raise DataError(f"{source.dataset}: no split {source.split!r}; it has {', '.join(table)}")
                     table = table[source.split]
                 elif source.split != "train":
-                    raise DataError(f"{source.dataset}: one table without splits, so without {source.split!r}")
+                    _LOGGER.warning("%s has no splits; all of it is taken as %s", source.dataset, source.split)
     except DataError:
         raise
     except Exception as error:  # of the hub, of a set's files or of what describes them
