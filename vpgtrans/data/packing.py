@@ -1,0 +1,335 @@
+"""Which samples share a row: the pack plan of a data set, and packs of a stream.
+
+A plan is made of lengths alone. It holds the number of every sample once, so it is kept in a file, under a key of
+everything that lengths depend on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vpgtrans.data.pack_search import Items, Limits, lower_bound, search, sort_items
+from vpgtrans.errors import DataError, IntegrityError
+from vpgtrans.files import appearing
+
+FORMAT = 1
+_UNLIMITED = 1 << 40
+
+
+# --- a data set ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything that a plan depends on beside this code: the lengths, and the limits."""
+
+    data: str
+    """The fingerprint of the data set."""
+    tokenizer: str
+    """The hash of the tokenizer: a transfer changes it, and with it every length."""
+    prompt: str
+    visual_tokens: str
+    """How many an image gets, and what stands around them."""
+    max_tokens: int
+    max_images: int | None = None
+    max_samples: int | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """Samples by number, pack after pack.
+
+    In training, the packs of all epochs are one sequence without end, each epoch shuffled anew. Round r of it is packs
+    r x world to (r + 1) x world - 1, one a rank. So all ranks get the same number, and the packs that don't fill a round
+    at an epoch's end share it with the first of the next: over epochs no pack is lost, and none is drawn twice. Where a
+    run stands is one number, and any other world goes on from there.
+    """
+
+    order: np.ndarray
+    """int32 or int64 [samples]."""
+    starts: np.ndarray
+    """Where packs begin in `order`, and its end; int64 [packs + 1]."""
+    tokens: np.ndarray
+    """int64 [packs]."""
+    images: np.ndarray
+    """int64 [packs]."""
+    dropped: np.ndarray
+    """Samples that are in no pack, because each alone passes a limit; int64 [dropped], ascending."""
+    max_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def pack(self, number: int) -> np.ndarray:
+        """The samples of one pack, int [k]."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.order[self.starts[number] : self.starts[number + 1]]
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """`fill` is the share of real tokens in packs padded to the limit."""
+        packs, tokens = len(self), int(self.tokens.sum())
+        return {
+            "fill": tokens / (packs * self.max_tokens) if packs else 0.0,
+            "packs": packs,
+            "samples": len(self.order),
+            "tokens": tokens,
+            "dropped": len(self.dropped),
+            "tokens_per_pack": tokens / packs if packs else 0.0,
+            "images_per_pack": float(self.images.mean()) if packs else 0.0,
+            "samples_per_pack": len(self.order) / packs if packs else 0.0,
+        }
+
+    # --- order ---
+
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        """The packs of one epoch, int64 [packs]: packs of a plan are sorted by what they are made of."""
+        return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self))
+
+    def draws(self, seed: int, start: int, stop: int) -> np.ndarray:
+        """The run's packs number `start` to `stop`, int64 [stop - start].
+
+        Raises:
+            DataError: the plan has no pack.
+        """
+        if not len(self):
+            raise DataError(f"no sample fits a pack of {self.max_tokens:,} tokens: nothing can be drawn")
+        pieces = [np.empty(0, dtype=np.int64)]
+        while start < stop:
+            epoch, offset = divmod(start, len(self))
+            piece = self._epoch(seed, epoch)[offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces)
+
+    def rounds(self, epoch: int, world: int) -> range:
+        """The rounds that begin in an epoch."""
+        return range(-(-epoch * len(self) // world), -(-(epoch + 1) * len(self) // world))
+
+    def for_rank(self, rank: int, world: int, *, seed: int, rounds: range) -> np.ndarray:
+        """A rank's pack in each round, int64 [rounds].
+
+        Raises:
+            DataError: the plan has no pack.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        return self.draws(seed, rounds.start * world, rounds.stop * world)[rank::world]
+
+    @cached_property
+    def _epoch(self) -> Any:
+        return lru_cache(maxsize=2)(self.shuffled)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_epoch"}
+
+    # --- file ---
+
+    def save(self, path: Path, key: PlanKey) -> None:
+        """One file, whole or not at all."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        metadata = {"format": str(FORMAT), "key": json.dumps(asdict(key)), "content": _content(arrays)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as temporary:
+            temporary.write_bytes(save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: Path, key: PlanKey) -> "PackPlan":
+        """
+        Raises:
+            DataError: the plan is of something else: another data set, tokenizer, prompt, layout or limit. Make it anew.
+            IntegrityError: the file is damaged.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            if not path.exists():
+                raise DataError(f"{path}: there is no pack plan here") from error
+            raise IntegrityError(f"{path} is no pack plan, or damaged ({error}): remove it") from error
+        if metadata.get("format") != str(FORMAT):
+            raise DataError(f"{path} is a pack plan of another version: make it anew")
+        if set(arrays) != set(_ARRAYS) or metadata.get("content") != _content(arrays):
+            raise IntegrityError(f"{path}: the pack plan is damaged: remove it")
+        found, wanted = json.loads(metadata["key"]), asdict(key)
+        if found != wanted:
+            other = [field.name for field in fields(PlanKey) if found.get(field.name) != wanted[field.name]]
+            raise DataError(f"{path} is a pack plan with another {' and '.join(other)}: make it anew")
+        return cls(**arrays, max_tokens=key.max_tokens)
+
+
+_ARRAYS = ("order", "starts", "tokens", "images", "dropped")
+
+
+def _content(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def pack(
+    lengths: ArrayLike,
+    *,
+    max_tokens: int,
+    images: ArrayLike | None = None,
+    max_images: int | None = None,
+    max_samples: int | None = None,
+) -> PackPlan:
+    """Samples in as few packs as can be found, never more than first-fit decreasing makes. The same plan each time.
+
+    A sample that alone passes a limit (more than `max_tokens` tokens or `max_images` images) is in no pack, and counted.
+
+    Args:
+        lengths: tokens of each sample, visual ones included, int [n].
+        images: images of each sample, int [n]; without it none has any.
+
+    Raises:
+        DataError: a limit below one, a length below one, or lengths and images that don't belong together.
+    """
+    limits = _limits(max_tokens, max_images, max_samples)
+    items, dropped = _items(lengths, images, limits)
+    packs = search(items, limits)
+    count = int(packs.max(initial=-1)) + 1
+    order = np.argsort(packs, kind="stable")
+    starts = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.bincount(packs, minlength=count), out=starts[1:])
+    short = np.int32 if len(items) + len(dropped) < 1 << 31 else np.int64
+    return PackPlan(
+        order=items.index[order].astype(short),
+        starts=starts,
+        tokens=np.bincount(packs, items.tokens, count).astype(np.int64),
+        images=np.bincount(packs, items.images, count).astype(np.int64),
+        dropped=dropped,
+        max_tokens=max_tokens,
+    )
+
+
+def fewest_packs(lengths: ArrayLike, *, max_tokens: int) -> int:
+    """A number of packs that no plan of these samples goes below."""
+    limits = _limits(max_tokens, None, None)
+    return lower_bound(_items(lengths, None, limits)[0], limits)
+
+
+def _limits(max_tokens: int, max_images: int | None, max_samples: int | None) -> Limits:
+    for name, limit in (("max_tokens", max_tokens), ("max_images", max_images), ("max_samples", max_samples)):
+        if limit is not None and limit < 1:
+            raise DataError(f"{name} is {limit}: a pack must hold at least one")
+    return Limits(max_tokens, max_images or _UNLIMITED, max_samples or _UNLIMITED)
+
+
+def _items(lengths: ArrayLike, images: ArrayLike | None, limits: Limits) -> tuple[Items, np.ndarray]:
+    """Samples that fit a pack, and the numbers of those that don't."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    held = np.zeros(len(tokens), dtype=np.int64) if images is None else np.asarray(images, dtype=np.int64)
+    if tokens.shape != held.shape or tokens.ndim != 1:
+        raise DataError(f"lengths {tokens.shape} and images {held.shape} must be one number a sample each")
+    if len(wrong := np.flatnonzero((tokens < 1) | (held < 0))):
+        sample = int(wrong[0])
+        raise DataError(
+            f"sample {sample} has {tokens[sample]} tokens and {held[sample]} images: it must have some tokens"
+        )
+    fits = (tokens <= limits.tokens) & (held <= limits.images)
+    index = np.flatnonzero(fits)
+    return sort_items(index, tokens[index], held[index]), np.flatnonzero(~fits)
+
+
+# --- a stream -----------------------------------------------------------------------------------
+
+
+class StreamPacker:
+    """Packs of samples that come one by one, `window` of them held at most.
+
+    When the window is full, its samples are packed. Packs that are nearly full leave, by their first sample; the
+    emptiest stay, with at most half a window of samples, to be packed again with what comes. A sample stays at most
+    `STAYS` times. The same samples give the same packs.
+    """
+
+    STAYS = 4
+    FULL = 0.998
+
+    def __init__(
+        self, *, max_tokens: int, max_images: int | None = None, max_samples: int | None = None, window: int = 10_000
+    ):
+        """
+        Raises:
+            DataError: a limit or the window is below one.
+        """
+        self._limits = _limits(max_tokens, max_images, max_samples)
+        if window < 1:
+            raise DataError(f"window is {window}: it must hold at least one sample")
+        self.window = window
+        self._held = np.empty((4, window), dtype=np.int64)  # number, tokens, images, how often it stayed
+        self._count = 0
+        self.seen = 0
+        """Samples so far: the number of the next one."""
+        self.dropped = 0
+        """Samples that alone pass a limit."""
+
+    @property
+    def held(self) -> int:
+        """Samples that wait."""
+        return self._count
+
+    def add(self, tokens: int, images: int = 0) -> Iterator[np.ndarray]:
+        """Packs that are done with this sample, int64 [k] numbers of samples each.
+
+        Raises:
+            DataError: the sample has no token.
+        """
+        if tokens < 1 or images < 0:
+            raise DataError(f"sample {self.seen} has {tokens} tokens and {images} images: it must have some tokens")
+        number = self.seen
+        self.seen += 1
+        if tokens > self._limits.tokens or images > self._limits.images:
+            self.dropped += 1
+            return iter(())
+        self._held[:, self._count] = number, tokens, images, 0
+        self._count += 1
+        return self._leave(self.window // 2) if self._count == self.window else iter(())
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """The packs of all samples that are left."""
+        return self._leave(0)
+
+    def _leave(self, most: int) -> Iterator[np.ndarray]:
+        """Pack what is held; all packs but the emptiest, with at most `most` samples, leave."""
+        number, tokens, images, stayed = self._held[:, : self._count].copy()
+        items = sort_items(np.arange(self._count), tokens, images)
+        packs = np.empty(self._count, dtype=np.int64)
+        packs[items.index] = search(items, self._limits)
+        load = np.bincount(packs, tokens)
+        size = np.bincount(packs)
+        oldest = np.zeros(len(load), dtype=np.int64)
+        np.maximum.at(oldest, packs, stayed)
+        by_load = np.argsort(load, kind="stable")
+        may_stay = (load < self.FULL * self._limits.tokens) & (oldest < self.STAYS)
+        by_load = by_load[may_stay[by_load]]
+        stays = np.zeros(len(load), dtype=bool)
+        stays[by_load[np.cumsum(size[by_load]) <= most]] = True
+        kept = stays[packs]
+        self._count = int(kept.sum())
+        self._held[:, : self._count] = number[kept], tokens[kept], images[kept], stayed[kept] + 1
+        first = np.full(len(load), self.seen)
+        np.minimum.at(first, packs, number)
+        leaving = np.flatnonzero(~stays)
+        order = np.argsort(packs, kind="stable")
+        ends = np.cumsum(size)
+        groups = [number[order[ends[pack] - size[pack] : ends[pack]]] for pack in leaving[np.argsort(first[leaving])]]
+        return iter(groups)
