@@ -6,6 +6,7 @@ from vpgtrans.cli.lazy import LazyGroup
 
 VERBS = {
     "stats": "vpgtrans.cli.data_stats",
+    "pack": "vpgtrans.cli.data_pack",
     "convert": "vpgtrans.cli.data_convert",
     "filter": "vpgtrans.cli.data_filter",
 }

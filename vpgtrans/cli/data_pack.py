@@ -1,0 +1,47 @@
+"""`vpgtrans data pack`: how full would packs be?"""
+
+from pathlib import Path
+
+import click
+
+from vpgtrans.cli import console
+from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_arguments
+
+
+@click.command(
+    name="pack",
+    cls=Examples,
+    short_help="Plan which samples would share a row, and say how full rows would be.",
+    epilog="""
+    vpgtrans data pack recipes/quickstart.yaml --max-tokens 512
+    vpgtrans data pack my.yaml --max-tokens 4096 --max-images 8 --json
+    """,
+)
+@recipe_arguments
+@click.option("--max-tokens", type=click.IntRange(min=1), required=True, metavar="N", help="Tokens of a pack.")
+@click.option("--max-images", type=click.IntRange(min=1), metavar="N", help="Images of a pack [default: any number].")
+@click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="Samples of a pack [default: any number].")
+@json_option
+def command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    *,
+    max_tokens: int,
+    max_images: int | None,
+    max_samples: int | None,
+    as_json: bool,
+) -> None:
+    """Plan packs of a recipe's training samples: each sample once, in as few packs as can be found.
+
+    Lengths are those that the target's tokenizer, the prompt and the source's visual tokens give; no image is opened.
+    The plan is kept, and used again while nothing changes. Training does not pack yet.
+    """
+    checked = read_recipe(recipe, overrides)
+    with console.loading():
+        from vpgtrans import runs
+    found = runs.data_pack(checked, max_tokens=max_tokens, max_images=max_images, max_samples=max_samples)
+    if as_json:
+        console.print_json(found)
+        return
+    shown = found | {"fill": f"{found['fill']:.2%}"}
+    console.print_pairs(shown, title=f"{checked.name}: packs of {max_tokens:,} tokens")
