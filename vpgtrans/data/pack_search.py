@@ -1,13 +1,13 @@
 """The search behind `packing.pack`: samples dealt to as few packs as there could be, then swapped until they fit.
 
-First-fit decreasing fills a pack as long as something fits, so its last tokens stay empty whenever the shortest sample is
+First-fit decreasing fills a pack as long as something fits, so its last tokens stay empty where the shortest sample is
 long (576 visual tokens before any text). Here the number of packs comes first: `deal` spreads the samples so that all
 packs are about as full, and `Swaps` exchanges samples between a pack that is too full and one that is not, until both
 fit. What still does not fit gets packs of its own.
 
 Many samples are packed a part at a time. Sorted by length, every n-th sample is a smaller set of nearly the same
-lengths, and a packing of the longest of each n neighbours holds for all n. That wastes about n/2 times the largest
-length, whatever the number of samples, and makes the search cost the same for a million samples as for some ten thousand.
+lengths, and a packing of the longest of each n neighbours holds for all n. That wastes some n/2 times the largest
+length, whatever the number of samples, and the search costs the same for a million samples as for ten thousands.
 """
 
 from dataclasses import dataclass
@@ -74,9 +74,9 @@ def _argsort(keys: np.ndarray) -> np.ndarray:
 def lower_bound(items: Items, limits: Limits) -> int:
     """A number of packs that no packing can go below.
 
-    The largest of: the sums over the limits; L2 of Martello and Toth (samples above half a pack each need their own, and
-    only so much of the rest fits beside them); the dual feasible functions of Fekete and Schepers (how many samples of
-    this length fit a pack at all).
+    The largest of: the sums over the limits; L2 of Martello and Toth (samples above half a pack each need their own,
+    and only so much of the rest fits beside them); the dual feasible functions of Fekete and Schepers (how many samples
+    of this length fit a pack at all).
     """
     if not len(items):
         return 0

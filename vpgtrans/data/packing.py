@@ -53,9 +53,9 @@ class PackPlan:
     """Samples by number, pack after pack.
 
     In training, the packs of all epochs are one sequence without end, each epoch shuffled anew. Round r of it is packs
-    r x world to (r + 1) x world - 1, one a rank. So all ranks get the same number, and the packs that don't fill a round
-    at an epoch's end share it with the first of the next: over epochs no pack is lost, and none is drawn twice. Where a
-    run stands is one number, and any other world goes on from there.
+    r x world to (r + 1) x world - 1, one a rank. So all ranks get the same number, and the packs that don't fill a
+    round at an epoch's end share it with the first of the next: over epochs no pack is lost, and none is drawn twice.
+    Where a run stands is one number, and any other world goes on from there.
     """
 
     order: np.ndarray
@@ -151,7 +151,7 @@ class PackPlan:
     def load(cls, path: Path, key: PlanKey) -> "PackPlan":
         """
         Raises:
-            DataError: the plan is of something else: another data set, tokenizer, prompt, layout or limit. Make it anew.
+            DataError: the plan is of another data set, tokenizer, prompt, layout or limit, and is to be made anew.
             IntegrityError: the file is damaged.
         """
         try:
@@ -180,7 +180,7 @@ def _content(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
 
 
@@ -194,7 +194,8 @@ def pack(
 ) -> PackPlan:
     """Samples in as few packs as can be found, never more than first-fit decreasing makes. The same plan each time.
 
-    A sample that alone passes a limit (more than `max_tokens` tokens or `max_images` images) is in no pack, and counted.
+    A sample that alone passes a limit (more than `max_tokens` tokens or `max_images` images) is in no pack; they are
+    counted.
 
     Args:
         lengths: tokens of each sample, visual ones included, int [n].
@@ -250,6 +251,10 @@ def _items(lengths: ArrayLike, images: ArrayLike | None, limits: Limits) -> tupl
     return sort_items(index, tokens[index], held[index]), np.flatnonzero(~fits)
 
 
+def _no_tokens(sample: int, tokens: int, images: int) -> DataError:
+    return DataError(f"sample {sample} has {tokens} tokens and {images} images: at least 1 and 0 are needed")
+
+
 # --- a stream -----------------------------------------------------------------------------------
 
 
@@ -294,7 +299,7 @@ class StreamPacker:
             DataError: the sample has no token.
         """
         if tokens < 1 or images < 0:
-            raise DataError(f"sample {self.seen} has {tokens} tokens and {images} images: it must have some tokens")
+            raise _no_tokens(self.seen, tokens, images)
         number = self.seen
         self.seen += 1
         if tokens > self._limits.tokens or images > self._limits.images:
