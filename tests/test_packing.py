@@ -147,6 +147,15 @@ def test_a_million_samples_take_memory_in_proportion():
     assert np.array_equal(np.sort(plan.order), np.arange(1_000_000))
 
 
+def test_one_pack_of_many_short_samples_makes_no_table_of_all_packs_as_wide():
+    lengths = np.concatenate([np.full(20_000, 1), np.random.default_rng(0).integers(1500, 3000, 4000)])
+    tracemalloc.start()
+    pack(lengths, max_tokens=4096)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
 def test_statistics():
     plan = pack([60, 40, 50, 101, 10], max_tokens=100, images=[1, 2, 0, 1, 9], max_images=8)
     assert plan.dropped.tolist() == [3, 4]

@@ -16,7 +16,7 @@ import numpy as np
 
 PACKS = 6000
 """That the search works on at once, up to twice as many: a rounding to whole packs costs less than 0.02 %."""
-ROUNDS = 400
+ROUNDS = 600
 WARM = 6
 """Rounds of random pairs before looked-up ones: while half the packs are too full, any partner helps."""
 KICK = 15
@@ -25,9 +25,6 @@ SLOTS = 8
 """Of a pack that one round looks at: 64 swaps a pair."""
 TRIED = 16
 """Partners that one round tries for a slot."""
-SPARE = (0.0, -0.002)
-"""Packs beside the lower bound that samples are dealt to, as a share of it. Too few are worth a try: what does not fit
-gets packs of its own, and where many samples fit with none, fewer packs leave room for fewer in vain."""
 _NEVER = 1 << 60
 
 
@@ -232,15 +229,12 @@ class Swaps:
             else:
                 self._swap_looked_up(over, under)
 
-    def rest(self) -> np.ndarray:
-        """Take items out of packs that are too full, int64 [k], until none is."""
-        out = [np.empty(0, dtype=np.int64)]
+    def take_out(self) -> None:
+        """Take samples out of packs until none is too full."""
         while len(over := np.flatnonzero(self._excess() > 0)):
             slots = self._smallest_that_helps(over)
-            out.append(self.slots[slots])
             self._move(slots, over, -1)
             self.slots[slots] = self.blank
-        return np.concatenate(out)
 
     def packs(self) -> np.ndarray:
         """The pack of each item, int64 [n]; -1 where it was taken out."""
@@ -290,7 +284,7 @@ class Swaps:
         if not len(over) or not len(under):
             return
         size = self.size[under]
-        slots = np.repeat(self.start[under], size) + _steps(size)
+        slots = self._all_slots(under)
         order = _argsort(self.tokens_of[self.slots[slots]])
         slots, owner = slots[order], np.repeat(under, size)[order]
         tokens = self.tokens_of[self.slots[slots]]
@@ -318,11 +312,12 @@ class Swaps:
 
     def _kick(self, over: np.ndarray, under: np.ndarray) -> None:
         """Packs that are too full give a sample to those with the most room, which become too full."""
-        under = under[self._blanks(under) >= 0]
+        blanks = self._blanks()
+        under = under[blanks[under] >= 0]
         under = under[np.argsort(self.load[under], kind="stable")[: len(over)]]
         over = over[: len(under)]
         if len(over):
-            self._exchange(self._smallest_that_helps(over), self._blanks(under), over, under)
+            self._exchange(self._smallest_that_helps(over), blanks[under], over, under)
 
     def _exchange(self, slot_a: np.ndarray, slot_b: np.ndarray, pack_a: np.ndarray, pack_b: np.ndarray) -> None:
         """Swap slots of packs, each [k]; no pack is named twice."""
@@ -348,28 +343,30 @@ class Swaps:
 
     def _smallest_that_helps(self, packs: np.ndarray) -> np.ndarray:
         """A slot of each pack, int64 [k]: its shortest sample without which it fits, else its longest."""
-        helps, tokens = self._columns(packs)
-        enough = tokens >= self._excess()[packs][:, None]
+        size = self.size[packs]
+        slots = self._all_slots(packs)
+        tokens = self.tokens_of[self.slots[slots]]
+        helps = tokens >= np.repeat(self._excess()[packs], size)
+        rank = np.where(helps, tokens, _NEVER - tokens)
         if self.limits_images:
-            images = self.images_of[self.slots[helps]]
-            enough &= self.images[packs][:, None] - images <= self.limits.images
-            tokens = np.where((images == 0) & (self.images > self.limits.images)[packs][:, None], 0, tokens)
-        rank = np.where(tokens <= 0, 2 * _NEVER, np.where(enough, tokens, 2 * _NEVER - 1 - tokens))
-        return helps[np.arange(len(packs)), rank.argmin(axis=1)]
+            images = self.images_of[self.slots[slots]]
+            many = np.repeat(self.images[packs] - self.limits.images, size)
+            rank = np.where(many > 0, np.where(images >= many, tokens, _NEVER - images), rank)
+        rank[self.slots[slots] == self.blank] = 2 * _NEVER
+        first = np.minimum.reduceat(rank, np.cumsum(size) - size)
+        found = np.flatnonzero(rank == np.repeat(first, size))
+        return slots[found[np.unique(np.repeat(np.arange(len(packs)), size)[found], return_index=True)[1]]]
 
-    def _blanks(self, packs: np.ndarray) -> np.ndarray:
-        """A blank slot of each pack, int64 [k]; -1 where it has none."""
-        columns, tokens = self._columns(packs)
-        found = tokens == 0
-        slot = columns[np.arange(len(packs)), found.argmax(axis=1)]
-        return np.where(found.any(axis=1), slot, -1)
+    def _blanks(self) -> np.ndarray:
+        """A blank slot of each pack, int64 [packs]; -1 where it has none."""
+        result = np.full(len(self.size), -1)
+        blanks = np.flatnonzero(self.slots == self.blank)
+        result[np.searchsorted(self.start, blanks, side="right") - 1] = blanks
+        return result
 
-    def _columns(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All slots of packs and their tokens, int64 [k, most slots] each; the tokens are -1 past a pack's end."""
-        size = self.size[packs][:, None]
-        column = np.arange(size.max(initial=0))
-        slots = self.start[packs][:, None] + np.minimum(column, size - 1)
-        return slots, np.where(column < size, self.tokens_of[self.slots[slots]], -1)
+    def _all_slots(self, packs: np.ndarray) -> np.ndarray:
+        size = self.size[packs]
+        return np.repeat(self.start[packs], size) + _steps(size)
 
 
 def search(items: Items, limits: Limits) -> np.ndarray:
@@ -388,19 +385,12 @@ def _dealt(items: Items, limits: Limits, bound: int) -> np.ndarray:
     part = items.take(first)
     if len(items):
         part.images = np.maximum.reduceat(items.images, first)
-    bound = lower_bound(part, limits)
-    best = np.zeros(0, dtype=np.int64)
-    fewest = _NEVER
-    for spare in SPARE:
-        packs = max(bound + int(bound * spare), _up(len(part), limits.samples))
-        swaps = Swaps(part, deal(part, limits, packs), packs, limits)
-        swaps.repair()
-        rest = np.sort(swaps.rest())
-        total = packs + int(first_fit(part.take(rest), limits).max(initial=-1)) + 1
-        if total < fewest:
-            fewest, best = total, swaps.packs()
-        if total <= bound:
-            break
+    # No pack more than the bound: what does not fit gets packs of its own, and spare room in all packs would cost more.
+    packs = lower_bound(part, limits)
+    swaps = Swaps(part, deal(part, limits, packs), packs, limits)
+    swaps.repair()
+    swaps.take_out()
+    best = swaps.packs()
     # The i-th of each n neighbours goes to the i-th copy of the pack.
     copies = np.repeat(best, number)[: len(items)]
     result = np.where(copies < 0, -1, copies * number + np.arange(len(items)) % number)
