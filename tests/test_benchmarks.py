@@ -209,3 +209,14 @@ def test_spoiled_captions_are_of_other_images_and_a_perfect_score_finds_them_all
         assert chance[name]["recall"]["mean"] == pytest.approx(0.1, abs=0.06)
     assert perfect["union"]["recall"]["mean"] == perfect["intersection"]["recall"]["mean"] == 1.0
     assert chance["union"]["removed"] < 0.05 < 0.2 < chance["intersection"]["removed"]
+
+
+def test_own_packers_of_the_packing_benchmark_hold_every_sample_and_ours_makes_the_fewest_packs():
+    packing = script("packing")
+    for mix in packing.MIXES:
+        lengths = packing.lengths_of(mix, 400)
+        own = [name for name, (package, _) in packing.PACKERS.items() if package is None]
+        packs = {name: packing.play(name, lengths)["packs"] for name in own}
+        assert packs["ours"] == min(packs.values())
+    planned = packing.plan_many(lengths)
+    assert planned["fewest"] <= planned["packs"] == packs["ours"]
