@@ -5,12 +5,13 @@ nothing but k.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from PIL import Image
 
 from vpgtrans.data.config import DataSource
+from vpgtrans.data.epochs import over_epochs
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source, open_dataset
 from vpgtrans.errors import DataError
@@ -129,24 +130,16 @@ class Mixture:
 
     def _rows(self, number: int, seed: int, start: int, stop: int) -> np.ndarray:
         """Draws start to stop of one source, counted over the whole run."""
-        source, pieces = self.sources[number], []
-        while start < stop:
-            epoch, offset = divmod(start, len(source))
-            generator = np.random.Generator(np.random.PCG64([seed, epoch, number]))
-            piece = _own_order(source, generator)[offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        source = self.sources[number]
+
+        def order(epoch: int) -> np.ndarray:
+            return _own_order(source, np.random.Generator(np.random.PCG64([seed, epoch, number])))
+
+        return over_epochs(order, len(source), start, stop)
 
     def draws(self, seed: int, start: int, stop: int) -> np.ndarray:
         """The run's samples number `start` to `stop`, int64 [stop - start]."""
-        pieces = []
-        while start < stop:
-            epoch, offset = divmod(start, len(self))
-            piece = self._epoch(seed, epoch)[offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        return over_epochs(partial(self._epoch, seed), len(self), start, stop)
 
     @cached_property
     def _epoch(self) -> Callable[[int, int], np.ndarray]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from vpgtrans.data.epochs import over_epochs
 from vpgtrans.data.pack_search import Items, Limits, lower_bound, search, sort_items
 from vpgtrans.errors import DataError, IntegrityError
 from vpgtrans.files import appearing
@@ -108,13 +109,7 @@ class PackPlan:
         """
         if not len(self):
             raise DataError(f"no sample fits a pack of {self.max_tokens:,} tokens: nothing can be drawn")
-        pieces = [np.empty(0, dtype=np.int64)]
-        while start < stop:
-            epoch, offset = divmod(start, len(self))
-            piece = self._epoch(seed, epoch)[offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces)
+        return over_epochs(partial(self._epoch, seed), len(self), start, stop)
 
     def rounds(self, epoch: int, world: int) -> range:
         """The rounds that begin in an epoch."""
