@@ -56,7 +56,7 @@ def run_stages(
 
     Args:
         initial_seconds: what came before on the bill (converter, probe). clock: of the run; it is set to go on from an
-            earlier session's time.
+            earlier start's time.
 
     Raises:
         TrainingError: a loss that is not finite, or too many unreadable images. Interrupted: SIGINT or SIGTERM.
@@ -129,8 +129,8 @@ def run_stages(
 
 
 def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
-    """quarantine.jsonl, if anything is bad, and data.json: distinct samples that this session saw, and what became of
-    them."""
+    """quarantine.jsonl, if anything is bad, and data.json: distinct samples seen since the run was begun (or
+    resumed), and what became of them."""
     counts = {
         "seen": bad.seen,
         "used": bad.seen - bad.left_out,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vpgtrans.errors import CheckpointError
+from vpgtrans.files import sync
 from vpgtrans.references import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,11 +41,11 @@ class Progress:
     finished: list[dict[str, Any]] = field(default_factory=list)
     """Results of the stages that are done."""
     elapsed: float = 0.0
-    """Seconds of all sessions, everything included."""
+    """Seconds since the run was begun, everything included; not those between a stop and a resume."""
 
 
 class Clock:
-    """Seconds that a run has taken, those of its earlier sessions (up to the checkpoint it goes on from) included."""
+    """Seconds that a run has taken, those before it was resumed (up to the checkpoint it goes on from) included."""
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
@@ -95,10 +96,10 @@ class Checkpoints:
         hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(hashes, indent=2))
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        _sync(self.directory)
+        sync(self.directory)
         # What sorts after this one is damaged, or the run would have gone on from it.
         kept = [path for path in self._all() if path.name <= target.name][-self.keep :]
         for other in self._all():
@@ -143,11 +144,3 @@ class Checkpoints:
             best_state=load_file(directory / "best.safetensors"),
             optimizer=torch.load(optimizer, weights_only=True) if optimizer.exists() else None,
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

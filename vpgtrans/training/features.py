@@ -145,7 +145,7 @@ class FeatureCache:
     """A memory-mapped array of one row an image, filled as rows are asked for.
 
     A row's flag is written after the row itself has reached the disk, so a killed process leaves no half row that is
-    taken for whole. Unreadable images are tried again by the next session.
+    taken for whole. Unreadable images are tried again by the next run.
     """
 
     def __init__(self, images: Images, front: FrozenFront, *, directory: Path | None = None):
@@ -172,7 +172,7 @@ class FeatureCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.directory / "lock")):
             flags = self._flags()
-            # What an earlier session could not read may be there by now: a network comes back, a file is mended.
+            # What an earlier run could not read may be there by now: a network comes back, a file is mended.
             again = (_MISSING, _UNREADABLE)
             todo = [row for row in sorted(set(rows)) if flags[row] in again and row not in self._reasons]
             if not todo:
