@@ -204,15 +204,13 @@ class _Conversion:
             DataError: the row is malformed, or one of its images can't be read. Dropped: a rule leaves it out.
         """
         sample = self.source.sample(row)
-        try:
+        with self.source.at(row):
             contents = [fetched(image) for image in sample.images]
             if self.settings.verify:
                 for content in contents:
                     open_image(content)
             whole = replace(sample, images=tuple(contents))
             return to_record(whole, self.source.layout, several=self.settings.several)
-        except DataError as error:
-            raise DataError(f"{self.source.rows.where(row)}: {error}") from error
 
     # --- the manifest ---------------------------------------------------------------------------
 

@@ -83,10 +83,8 @@ class Source:
             DataError: the row is malformed; the message names file and row. Dropped: a stated rule leaves it out.
         """
         record = self.rows.read(row)
-        try:
+        with self.at(row):
             text, images, references = parse(record, self.config)
-        except DataError as error:
-            raise type(error)(f"{self.rows.where(row)}: {error}") from error
         return Sample(
             id=self._named(record.get(self.config.id), row),
             text=text,
@@ -141,10 +139,16 @@ class Source:
         return self._each_image(sample, lambda image: image_size(fetched(image)))
 
     def _each_image(self, sample: Sample, what: Callable[[bytes | str], Result]) -> list[Result]:
-        try:
+        with self.at(sample.row):
             return [what(image) for image in sample.images]
+
+    @contextlib.contextmanager
+    def at(self, row: int) -> Iterator[None]:
+        """Within the block a DataError, of whatever kind, says of which row it is."""
+        try:
+            yield
         except DataError as error:
-            raise DataError(f"{self.rows.where(sample.row)}: {error}") from error
+            raise type(error)(f"{self.rows.where(row)}: {error}") from error
 
     def reopen(self) -> None:
         """In a process that was forked, see `Rows.reopen`."""
@@ -156,7 +160,7 @@ class Source:
         if self.config.dataset != "openmoji" or self.config.split != "train":
             return None
         # Another data set's column of that name may mean anything.
-        return np.array([self.rows.read(row)["weight"] for row in range(len(self))], dtype=np.float64)
+        return np.fromiter(islice(self.rows.values("weight"), len(self)), dtype=np.float64)
 
     @cached_property
     def fingerprint(self) -> str:

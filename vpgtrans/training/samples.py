@@ -293,7 +293,8 @@ class Samples:
         for number, (source, row, view) in zip(rows, self._places(rows, positions), strict=True):
             try:
                 sample = source.sample(row)
-                encoded = self._encoded(source, row, sample)
+                with source.at(row):
+                    encoded = self.prompter.encode(sample.text)
                 found, new = self._images(source, sample, row, view, count=encoded.images)
             except DataError as error:
                 dropped = isinstance(error, Dropped)
@@ -339,12 +340,6 @@ class Samples:
             inputs,
             skipped=[entry.id for entry in loaded.unreadable],
         )
-
-    def _encoded(self, source: Source, row: int, sample: Sample) -> Encoded:
-        try:
-            return self.prompter.encode(sample.text)
-        except DataError as error:
-            raise type(error)(f"{source.rows.where(row)}: {error}") from error
 
     def _images(
         self, source: Source, sample: Sample, row: int, view: int, *, count: int
