@@ -224,9 +224,10 @@ class ArrayRows(_Mapped):
 
     def _check_between(self, end: int) -> None:
         """Raises DataError unless there is a comma between two elements, and nothing around the array."""
-        edges = [0, *self._stops.tolist()], [*self._starts.tolist(), end]
-        places = zip(*edges, strict=False)  # an element that never ends has a start alone
         last = len(self._stops)
+        # An element that never ends has a start alone.
+        starts = [*self._starts.tolist(), end][: last + 1]
+        places = zip([0, *self._stops.tolist()], starts, strict=True)
         for number, (start, stop) in enumerate(places):
             right = _OPENING if number == 0 else _BETWEEN
             if number == last and end >= 0:

@@ -251,7 +251,7 @@ def histogram(values: np.ndarray, weights: np.ndarray) -> list[dict[str, float]]
     last = int(np.flatnonzero(counts)[-1]) + 1
     return [
         {"from": int(start), "to": int(stop) - 1, "share": float(count / counts.sum())}
-        for start, stop, count in zip(edges[:last], edges[1:][:last], counts, strict=False)
+        for start, stop, count in zip(edges[:last], edges[1 : last + 1], counts[:last], strict=True)
     ]
 
 

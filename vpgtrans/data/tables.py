@@ -72,6 +72,7 @@ class ParquetRows(Rows):
         super().__init__(name, files)
         starts, self._places, sizes = [0], [], []
         self._columns: list[str] | None = None
+        self._firsts: list[int] = []  # first row of each file
         for number, file in enumerate(files):
             with _reading(file):
                 metadata = pq.read_metadata(file)
@@ -84,6 +85,7 @@ class ParquetRows(Rows):
             if self._columns is not None and columns != self._columns:
                 raise DataError(f"{file}: columns {', '.join(columns)}; {files[0]} has {', '.join(self._columns)}")
             self._columns = columns
+            self._firsts.append(starts[-1])
             for group, about in enumerate(groups):
                 if about.num_rows:
                     starts.append(starts[-1] + about.num_rows)
@@ -120,8 +122,7 @@ class ParquetRows(Rows):
 
     def where(self, row: int) -> str:
         number, _ = self._places[self._group(row)]
-        first = next(start for start, place in zip(self._starts, self._places, strict=False) if place[0] == number)
-        return f"{self.files[number]}, row {row - int(first)}"
+        return f"{self.files[number]}, row {row - self._firsts[number]}"
 
     def read(self, row: int) -> dict[str, Any]:
         place = self._group(row)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -63,8 +64,12 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
         prompts = vlm.prompts(images)
         if with_loss:
             # Of a sample that was cut the images that are left.
-            firsts = np.cumsum([0, *(len(sample.images) for _, sample, _, _ in kept)])
-            left = [first + n for (_, _, text, _), first in zip(kept, firsts, strict=False) for n in range(text.images)]
+            ends = accumulate(len(sample.images) for _, sample, _, _ in kept)
+            left = [
+                end - len(sample.images) + place
+                for (_, sample, text, _), end in zip(kept, ends, strict=True)
+                for place in range(text.images)
+            ]
             nll, _ = vlm.splice.token_nll(prompts[left], [encoded for _, _, encoded, _ in kept])
             found.nll += nll.sum().item()
             found.tokens += len(nll)
