@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
     from tiny_runs import Tiny
 
 # Before torch is imported: test machines have few cores, and results must not depend on how many.
@@ -108,3 +109,20 @@ def _apart(request: pytest.FixtureRequest, session_cache: Path) -> Iterator[None
         if request.node.get_closest_marker("real") is None:
             patch.setenv("VPGTRANS_CACHE", str(session_cache))
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that no other test has put anything into."""
+    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def memory() -> "AbstractFileSystem":
+    """fsspec's file system in memory, emptied."""
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    return filesystem

@@ -39,19 +39,7 @@ from vpgtrans.data.tables import ArrowRows, ParquetRows
 from vpgtrans.errors import DataError
 from vpgtrans.prompts import IMAGE, Turn
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def memory() -> fsspec.AbstractFileSystem:
-    """fsspec's file system in memory, emptied."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    return filesystem
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -28,10 +28,7 @@ from PIL import Image
 
 from vpgtrans.errors import DataError, Dropped
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_several_captions_per_image_are_references(tmp_path: Path):

@@ -22,19 +22,7 @@ from data_files import (
 
 from vpgtrans.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def memory() -> fsspec.AbstractFileSystem:
-    """fsspec's file system in memory, emptied."""
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    return filesystem
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def shards(folder: Path, count: int = 2) -> list[Path]:
