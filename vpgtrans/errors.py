@@ -34,6 +34,11 @@ class Dropped(DataError):
     """A row that a stated rule leaves out, such as one without a caption. It is counted, and is no bad sample."""
 
 
+def rule_of(reason: str) -> str:
+    """The rule in what a `Dropped` says, without the file and row before it."""
+    return reason.rpartition(": ")[2]
+
+
 class TransferError(UserError):
     """Two models can't be joined: widths that differ, tokenizers that share too little."""
 

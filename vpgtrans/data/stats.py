@@ -15,8 +15,8 @@ import numpy as np
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
-from vpgtrans.errors import DataError, Dropped
-from vpgtrans.prompts import VISUAL, Encoded, Prompter, TooLong
+from vpgtrans.errors import DataError, Dropped, rule_of
+from vpgtrans.prompts import VISUAL, Encoded, Prompter
 
 PROBLEMS = 5
 """Bad rows of a source that are named."""
@@ -108,8 +108,7 @@ def measure(
             encoded = prompter.encode(sample.text)
             sizes = source.sizes(sample)[: encoded.images] if headers else []
         except Dropped as error:
-            rule = "too long" if isinstance(error, TooLong) else str(error).removeprefix(f"{source.rows.where(row)}: ")
-            stats.dropped[rule] += 1
+            stats.dropped[rule_of(str(error))] += 1
         except DataError as error:
             stats.bad += 1
             if len(stats.problems) < PROBLEMS:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vpgtrans.data.mixture import Mixture
-from vpgtrans.errors import VpgTransError
+from vpgtrans.errors import VpgTransError, rule_of
 from vpgtrans.processes import first_process
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
@@ -136,7 +136,7 @@ def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
         "used": bad.seen - bad.left_out,
         "quarantined": len(bad.bad),
         "dropped": len(bad.dropped),
-        "rules": dict(Counter(entry.reason.rpartition(": ")[2] for entry in bad.dropped.values())),
+        "rules": dict(Counter(rule_of(entry.reason) for entry in bad.dropped.values())),
     }
     run.write("data.json", counts)
     if bad.left_out:
