@@ -233,6 +233,13 @@ class PromptConfig(Config):
     max_tokens: PositiveInt | None = None
     """Longest sample, visual tokens counted; null: what the LLM takes. A longer one loses whole exchanges at its end,
     then the end of its first answer, never visual tokens."""
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    """bidirectional: the visual tokens of one image see each other in both directions, as in Gemma 3."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_causal(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without it a prompt reads as it did before there was one: keys of plans and hashes of recipes stay.
+        return {key: value for key, value in write(self).items() if (key, value) != ("image_attention", "causal")}
 
     @model_validator(mode="after")
     def _one_image(self) -> "PromptConfig":

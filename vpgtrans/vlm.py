@@ -2,15 +2,18 @@
 
     [bos] words | visual prompts [T] of an image | words | answer [end] | words | answer [end] …
 
+A batch is a row a sample, padded; or one row of many samples that don't see each other (`isolation`): no padding.
+
 `prompts` says which words these are. The loss is on the answers and the tokens that end them, and the LLM's head runs
 at those positions only: a vocabulary of 262,144 words times every position would own the memory and most of the time.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig
 from vpgtrans.errors import DataError, TransferError
+from vpgtrans.isolation import Backend, Isolation, Segments, isolate, writing
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
@@ -29,19 +33,20 @@ from vpgtrans.vision.vpg import VPG
 
 @dataclass
 class Spliced:
-    """A batch of embedded sequences, padded on the right.
+    """A batch of embedded sequences: padded on the right, or packed (B is 1).
 
     Attributes:
-        embeddings: [B, L, d_llm]. attention_mask: [B, L], 1 where a sequence is.
-        predicts: [B, L] bool, the positions whose next token is part of an answer.
-        targets: [n], those next tokens, row by row. rows: [n], the row each belongs to.
+        embeddings: [B, L, d_llm]. predicts: [B, L] bool, the positions whose next token is part of an answer.
+        targets: [n], those next tokens, in order. rows: [n], the text each belongs to.
+        attention_mask: [B, L], 1 where a sequence is. segments: where each is; with it the mask is not used.
     """
 
     embeddings: Tensor
-    attention_mask: Tensor
     predicts: Tensor
     targets: Tensor
     rows: Tensor
+    attention_mask: Tensor
+    segments: Segments | None
 
 
 class Splice:
@@ -51,29 +56,77 @@ class Splice:
         """visual_tokens: of an image."""
         self.llm = llm
         self.prompter = Prompter(llm.tokenizer, prompt, visual_tokens=visual_tokens, limit=llm.max_tokens)
+        self.both_ways = prompt.image_attention == "bidirectional"
+        self._isolation: Isolation | None = None
 
-    def join(self, prompts: Tensor, texts: Sequence[Text | Encoded]) -> Spliced:
-        """Visual prompts [n, T, d_llm] of all images of B conversations, in order -> one right-padded batch."""
+    def isolate(self, backend: Backend | Literal["auto"] = "auto", *, longest: int | None = None) -> Isolation:
+        """Choose how samples that share a row are kept apart, see `isolation.isolate`.
+
+        longest: tokens of a sample that shares a row; None: none does.
+        """
+        self._isolation = isolate(self.llm, backend, longest=longest, both_ways=self.both_ways)
+        return self._isolation
+
+    def join(self, prompts: Tensor, texts: Sequence[Text | Encoded], *, packed: bool = False) -> Spliced:
+        """Visual prompts [n, T, d_llm] of all images of some conversations, in order -> one batch.
+
+        packed: all of them in one row, see `isolate`; else a row each.
+        """
         encoded = [text if isinstance(text, Encoded) else self.prompter.encode(text) for text in texts]
         if (places := sum(text.images for text in encoded)) != len(prompts):
             raise ValueError(f"{len(prompts)} images for {places} places in the texts")
-        # The last token is never an input: nothing is predicted after it.
-        length = max(len(text) for text in encoded)
-        tokens = torch.zeros(len(encoded), length, dtype=torch.long)
-        answer = torch.zeros(len(encoded), length, dtype=torch.bool)
-        real = torch.zeros(len(encoded), length, dtype=torch.bool)
-        for row, text in enumerate(encoded):
-            tokens[row, : len(text)] = torch.from_numpy(text.ids)
-            answer[row, : len(text)] = torch.from_numpy(text.answer)
-            real[row, : len(text)] = True
-        device = self.device
+        lengths = [len(text) for text in encoded]
+        width = sum(lengths) if packed else max(lengths)
+        starts = [0, *accumulate(lengths[:-1])] if packed else [row * width for row in range(len(encoded))]
+        ids = np.zeros(width if packed else width * len(encoded), dtype=np.int64)
+        answer = np.zeros(ids.shape, dtype=bool)
+        # The last token of a text is never an input: nothing is predicted after it.
+        taken = np.zeros(ids.shape, dtype=bool)
+        of = np.zeros(ids.shape, dtype=np.int64)
+        for row, (text, start) in enumerate(zip(encoded, starts, strict=True)):
+            own = slice(start, start + len(text))
+            ids[own], answer[own], of[own] = text.ids, text.answer, row
+            taken[start : start + len(text) - 1] = True
+        predicts = np.append(answer[1:], False) & taken
+        targets = np.append(ids[1:], 0)[predicts]
+        tokens, real, predicted = (torch.from_numpy(each).view(-1, width) for each in (ids, taken, predicts))
+        embeddings = self._embed(tokens.to(self.device), prompts)
+        if packed:
+            embeddings, predicted = embeddings[:, real[0].to(self.device)], predicted[:, real[0]]
+        else:
+            embeddings, real, predicted = embeddings[:, :-1], real[:, :-1], predicted[:, :-1]
         return Spliced(
-            embeddings=self._embed(tokens.to(device), prompts)[:, :-1],
-            attention_mask=real[:, 1:].long().to(device),
-            predicts=answer[:, 1:].to(device),
-            targets=tokens[:, 1:][answer[:, 1:]].to(device),
-            rows=torch.nonzero(answer[:, 1:])[:, 0].to(device),
+            embeddings=embeddings,
+            predicts=predicted.to(self.device),
+            targets=torch.from_numpy(targets).to(self.device),
+            rows=torch.from_numpy(of[predicts]).to(self.device),
+            attention_mask=real.long().to(self.device),
+            segments=self._segments([text.ids[:-1] for text in encoded], width - 1, packed=packed),
         )
+
+    def _segments(
+        self, texts: Sequence[np.ndarray], width: int, *, packed: bool, left: bool = False
+    ) -> Segments | None:
+        """Where texts [L] stand: in one row, or padded to `width` on the right (or left). None: a mask says enough."""
+        if not packed and not self.both_ways:
+            return None
+        lengths = [len(ids) for ids in texts]
+        if packed:
+            starts, shape = [0, *accumulate(lengths[:-1])], (1, sum(lengths))
+        else:
+            starts = [row * width + (width - lengths[row] if left else 0) for row in range(len(texts))]
+            shape = (len(texts), width)
+        spans: list[tuple[int, int]] = []
+        if self.both_ways:
+            for ids, start in zip(texts, starts, strict=True):
+                spans += [(start + first, start + last) for first, last in self._images(ids)]
+        return Segments(shape, starts, lengths, spans, self.device)
+
+    def _images(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Where the visual tokens of each image begin and end."""
+        places, size = np.flatnonzero(ids == VISUAL), self.prompter.visual_tokens
+        for image in range(0, len(places), size):
+            yield int(places[image]), int(places[min(image + size, len(places)) - 1]) + 1
 
     def _embed(self, tokens: Tensor, prompts: Tensor) -> Tensor:
         """Ids [B, L], `VISUAL` where prompts [n, T, d] go in order -> [B, L, d] in the LLM's dtype.
@@ -93,20 +146,27 @@ class Splice:
     def device(self) -> torch.device:
         return self.llm.model.get_input_embeddings().weight.device
 
-    def token_nll(self, prompts: Tensor, texts: Sequence[Text | Encoded]) -> tuple[Tensor, Tensor]:
+    def token_nll(
+        self, prompts: Tensor, texts: Sequence[Text | Encoded], *, packed: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of every answer token.
 
         Args:
             prompts: [n, T, d_llm], the images of all conversations in order. texts: B conversations or captions.
+            packed: put all of them into one row. It changes nothing but the time that it takes.
 
         Returns:
             nll [m] in float32 nats and rows [m], the conversation each token belongs to.
         """
-        batch = self.join(prompts, texts)
-        with head_only_at(self.llm.model, batch.predicts):
-            logits = self.llm.model(
-                inputs_embeds=batch.embeddings, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+        batch = self.join(prompts, texts, packed=packed)
+        model = self.llm.model
+        isolation = None if batch.segments is None else self._isolation or self.isolate()
+        with head_only_at(model, batch.predicts):
+            if isolation is not None and batch.segments is not None:
+                logits = isolation.run(model, batch.embeddings, batch.segments).logits
+            else:
+                mask = batch.attention_mask
+                logits = model(inputs_embeds=batch.embeddings, attention_mask=mask, use_cache=False).logits
         return token_nll(logits[0], batch.targets), batch.rows
 
     @torch.no_grad()
@@ -136,14 +196,18 @@ class Splice:
         embeddings = self._embed(tokens.to(self.device), prompts)
         tokenizer = self.llm.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        written = self.llm.model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=real.to(self.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding,
-            eos_token_id=self.prompter.ends or None,
-            **{"do_sample": False, **options},
-        )
+        segments = self._segments(before, longest, packed=False, left=True)
+        if segments is not None:
+            self._isolation = self._isolation or self.isolate()  # refuses an LLM that can't
+        with nullcontext() if segments is None else writing(self.llm.model, segments):
+            written = self.llm.model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=real.to(self.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                eos_token_id=self.prompter.ends or None,
+                **{"do_sample": False, **options},
+            )
         return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 

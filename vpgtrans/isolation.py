@@ -1,0 +1,494 @@
+"""Samples that share a row of the LLM and know nothing of each other.
+
+Resetting positions alone isolates nothing: attention needs the samples' borders too. How they reach it depends on the
+back end:
+
+    blocks      every sample's attention is computed apart, with torch's own sdpa; samples of like length together.
+                No mask of the whole row exists: time and memory grow with the samples' lengths, not with the row's.
+    varlen      torch.nn.attention.varlen, on a GPU
+    sdpa, eager, flex_attention, flash_attention_2, _3, _4
+                transformers' own, which find the borders where positions begin anew; there must be no mask and no cache
+
+Whether a family is isolated is measured when training begins (`isolate`), not looked up: one that mixes words by other
+means than attention is refused.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from vpgtrans.errors import RecipeError
+from vpgtrans.llm import LanguageModel, word_ids
+
+Backend = Literal[
+    "blocks", "varlen", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
+POSITION_AXES = (1, 4, 3)
+"""Layouts of positions, by their leading axes: [B, L]; [4, B, L] and [3, B, L] (text, time, row, column): Qwen-VL."""
+ALIKE = 0.8
+"""Samples whose lengths are within this factor are padded to one length, inside attention alone."""
+MANY = 1 << 30
+"""More tokens than any sample has."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Of logits in a row and alone, over their deviation; elsewhere `_COARSE`, since other shapes round otherwise."""
+_COARSE = 0.1
+
+
+# --- where samples are ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where samples stand among the tokens [B, L] of a batch, and what in them sees in both directions.
+
+    Attributes:
+        shape: (B, L). starts, lengths: of each sample, starts counted over the flattened batch (row · L + place).
+        spans: (start, stop) of each image's visual tokens, counted likewise, if they see each other in both directions
+            (as in Gemma 3, arXiv 2503.19786); else empty.
+    """
+
+    shape: tuple[int, int]
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    spans: Sequence[tuple[int, int]] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def in_a_row(
+        cls, lengths: Sequence[int], *, spans: Sequence[tuple[int, int]] = (), device: torch.device | str = "cpu"
+    ) -> "Segments":
+        """Samples that share one row, one after another."""
+        starts = [0, *accumulate(lengths)]
+        return cls((1, starts[-1]), starts[:-1], lengths, spans, torch.device(device))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of each token in its sample, int64 [B, L]; 0 outside of samples."""
+        positions = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long)
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            positions[start : start + length] = torch.arange(length)
+        return positions.view(self.shape).to(self.device)
+
+    @cached_property
+    def borders(self) -> Tensor:
+        """Where samples begin and the last one ends, int32 [n + 1]; of samples that follow each other closely."""
+        return torch.tensor([*self.starts, self.starts[-1] + self.lengths[-1]], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def groups(self) -> list["_Group"]:
+        """Samples of like length, padded to the longest of them on the right, where a causal mask hides it."""
+        order = sorted(range(len(self.starts)), key=lambda sample: -self.lengths[sample])
+        groups: list[list[int]] = []
+        for sample in order:
+            if not groups or self.lengths[sample] < ALIKE * self.lengths[groups[-1][0]]:
+                groups.append([])
+            groups[-1].append(sample)
+        return [self._group(samples) for samples in groups]
+
+    def _group(self, samples: list[int]) -> "_Group":
+        length = self.lengths[samples[0]]
+        starts = torch.tensor([self.starts[sample] for sample in samples])
+        lengths = torch.tensor([self.lengths[sample] for sample in samples])
+        places = torch.arange(length)
+        real = places < lengths[:, None]
+        index = torch.where(real, starts[:, None] + places, starts[:, None])
+        images: Tensor | None = None
+        if self.spans:
+            of = torch.full((self.shape[0] * self.shape[1],), -1)
+            for image, (start, stop) in enumerate(self.spans):
+                of[start:stop] = image
+            seen = torch.where(real, of[index], -1)
+            images = ((seen[:, :, None] == seen[:, None, :]) & (seen >= 0)[:, :, None])[:, None].to(self.device)
+        return _Group(index.to(self.device), real.to(self.device), images)
+
+    @cached_property
+    def back(self) -> Tensor:
+        """Where each token of the batch, in order, is among the groups' padded tokens laid end to end; int64 [B · L].
+
+        Tokens outside of samples take the place after the last.
+        """
+        sizes = [group.index.numel() for group in self.groups]
+        back = torch.full((self.shape[0] * self.shape[1],), sum(sizes), device=self.device)
+        for group, first in zip(self.groups, [0, *accumulate(sizes)], strict=False):
+            there = torch.arange(group.index.numel(), device=self.device).view(group.index.shape) + first
+            back[group.index[group.real]] = there[group.real]
+        return back
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of the batch is in a sample."""
+        return sum(self.lengths) == self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """k samples of like length: index [k, l] into the flattened batch, real [k, l], images [k, 1, l, l] or None."""
+
+    index: Tensor
+    real: Tensor
+    images: Tensor | None
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """What sees what, bool [k or 1, 1, l, l]; None where it is causal and no more."""
+        length = self.index.shape[1]
+        if self.images is None and (window is None or window >= length):
+            return None
+        place = torch.arange(length, device=self.index.device)
+        behind = place[:, None] - place
+        seen = (behind >= 0) & (behind < (window or length))
+        return seen[None, None] if self.images is None else seen | self.images
+
+
+# --- attention ----------------------------------------------------------------------------------------
+
+BLOCKS, VARLEN, WRITING = "vpgtrans_blocks", "vpgtrans_varlen", "vpgtrans_writing"
+"""Names in transformers' register. It makes no mask for the first two."""
+
+
+def _blocks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, L, d], key and value [B, H', L, d] -> [B, L, H, d], each sample by itself."""
+    segments = _checked(segments, query, options)
+    heads = query.shape[1] // key.shape[1]
+    flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]  # [B · L, H, d]
+    found: list[Tensor] = []
+    for group in segments.groups:
+        q, k, v = (each[group.index].transpose(1, 2) for each in flat)  # [k, H, l, d]
+        if heads > 1:
+            k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+        mask = group.mask(sliding_window)
+        one: Tensor = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+        found.append(one.transpose(1, 2).flatten(0, 1))
+    if not segments.whole:
+        found.append(torch.zeros_like(found[0][:1]))
+    return torch.cat(found)[segments.back].view(*segments.shape, *found[0].shape[1:]), None
+
+
+def _varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As `_blocks`, of samples in one row without dropout, by torch's kernel for ragged batches."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    segments = _checked(segments, query, options)
+    if dropout:
+        raise RecipeError("trainer.attention: varlen has no dropout, which this LLM's attention has; right is blocks")
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    longest = max(segments.lengths)
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    found: Any = varlen_attn(
+        q,
+        k,
+        v,
+        segments.borders,
+        segments.borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return found[None], None
+
+
+def _writing(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """While text is written: the question by `_blocks`, every later word by transformers' own sdpa."""
+    if segments is not None and query.shape[2] == segments.shape[1] == key.shape[2]:
+        return _blocks(module, query, key, value, None, segments=segments, **options)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(BLOCKS, _blocks)
+AttentionInterface.register(VARLEN, _varlen)
+AttentionInterface.register(WRITING, _writing)
+AttentionMaskInterface.register(WRITING, sdpa_mask)
+
+Seen = list[tuple[int, int | None]]
+"""Index of a layer, and the window of its attention."""
+
+
+def _looking(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    seen: Seen | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """No attention: notes what a layer asks of it."""
+    if seen is not None:
+        seen.append((getattr(module, "layer_idx", len(seen)), sliding_window))
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+
+LOOKING = "vpgtrans_looking"
+AttentionInterface.register(LOOKING, _looking)
+
+_REGISTERED: dict[str, str] = {"blocks": BLOCKS, "varlen": VARLEN}
+_BEYOND = ("softcap", "s_aux", "position_bias")
+"""What some families' attention does besides, and `_blocks` does not."""
+
+
+class _Unsuited(Exception):
+    """This attention is none that `_blocks` could stand for."""
+
+
+def _checked(segments: Segments | None, query: Tensor, options: dict[str, Any]) -> Segments:
+    if segments is None or query.shape[2] != segments.shape[1]:
+        raise _Unsuited("the borders of samples don't reach its attention")
+    if more := [name for name in _BEYOND if options.get(name) is not None]:
+        raise _Unsuited(f"its attention has {', '.join(more)}")
+    if options.get("is_causal") is False:
+        raise _Unsuited("its attention is not causal")
+    return segments
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Within the block the LLM's attention is what `transformers` knows by that name."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def writing(model: Any, segments: Segments) -> Iterator[None]:
+    """Within the block `model.generate` reads its question [B, L] as segments, whose images see in both directions."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # what peft's `generate` calls
+
+    def add(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, named | {"segments": segments}
+
+    handle = inner.register_forward_pre_hook(add, with_kwargs=True)  # `generate` takes no names that it doesn't know
+    try:
+        with attention(model, WRITING):
+            yield
+    finally:
+        handle.remove()
+
+
+# --- choosing ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How samples in a row are kept apart in one LLM."""
+
+    backend: Backend
+    axes: int = 1
+    """Leading axes of the positions that this family takes, see `POSITION_AXES`."""
+
+    def run(self, model: Any, embeddings: Tensor, segments: Segments, **options: Any) -> Any:
+        """The LLM's output on embeddings [B, L, d] of samples that don't see each other."""
+        positions = segments.positions
+        arguments: dict[str, Any] = {
+            "inputs_embeds": embeddings,
+            "position_ids": positions if self.axes == 1 else positions.expand(self.axes, -1, -1),
+            "use_cache": False,
+            **options,
+        }
+        if self.backend in _REGISTERED:
+            with attention(model, _REGISTERED[self.backend]):
+                return model(**arguments, segments=segments)
+        if self.backend.startswith("flash"):
+            longest = max(segments.lengths)
+            arguments |= {"cu_seq_lens_q": segments.borders, "cu_seq_lens_k": segments.borders}
+            arguments |= {"max_length_q": longest, "max_length_k": longest}
+        with attention(model, self.backend):
+            return model(**arguments)
+
+
+def isolate(
+    llm: LanguageModel,
+    wanted: Backend | Literal["auto"] = "auto",
+    *,
+    longest: int | None = None,
+    both_ways: bool = False,
+) -> Isolation:
+    """The back end that keeps samples of at most `longest` tokens (None: any) apart in an LLM, measured on some words.
+
+    `auto` is varlen on a GPU in half precision and blocks elsewhere; then whatever else of transformers isolates.
+
+    Args:
+        both_ways: whether an image's visual tokens see each other in both directions, which `blocks` alone can.
+
+    Raises:
+        RecipeError: the back end is not there; or no layout of positions isolates samples, so that packing would train
+            something else than the samples.
+    """
+    if longest is not None:
+        _check_rotary(llm, longest)
+    device = llm.model.get_input_embeddings().weight.device
+    if both_ways and wanted not in ("auto", "blocks"):
+        raise RecipeError(
+            f"trainer.attention: {wanted} knows no images that see in both directions (prompt.image_attention); right "
+            "would be auto or blocks"
+        )
+    candidates: Sequence[Backend] = _candidates(llm.model) if wanted == "auto" else [wanted]
+    if both_ways:
+        candidates = ["blocks"]
+    problems: list[str] = []
+    measured: list[str] = []
+    for backend in candidates:
+        if problem := _missing(backend, device):
+            raise RecipeError(f"trainer.attention: {backend} {problem}; right would be auto, blocks or sdpa")
+        for axes in POSITION_AXES:
+            found = Isolation(backend, axes)
+            try:
+                if backend in _REGISTERED:
+                    _check_windows(llm, longest or MANY)
+                difference, leak = isolation_error(llm, found)
+            except Exception as error:  # a family raises what it likes at what it does not know
+                problems.append(
+                    f"{backend}: {error if isinstance(error, _Unsuited) else repr(error)}".partition("\n")[0]
+                )
+                continue
+            if leak == 0 and difference < TOLERANCE.get(llm.model.dtype, _COARSE):
+                return found
+            measured.append(
+                f"{backend}: a neighbour changes a sample's logits by {leak:.2g} of their deviation, and sharing a row "
+                f"by {difference:.2g}"
+            )
+    why = (measured + problems)[0]
+    raise RecipeError(
+        f"{llm.reference}: samples of {llm.fingerprint.architecture} can't be isolated in one row ({why}), so packing "
+        "would mix them; right would be to leave out data.packing"
+        + (" and prompt.image_attention: bidirectional" if both_ways else "")
+    )
+
+
+@torch.no_grad()
+def isolation_error(llm: LanguageModel, isolation: Isolation) -> tuple[float, float]:
+    """Over the logits' deviation: how much samples in a row differ from the samples alone, and from themselves when
+    all words of the samples around them are others."""
+    words = word_ids(llm.tokenizer, llm.fingerprint.vocabulary)
+    words = words[10:64].to(llm.model.get_input_embeddings().weight.device)
+    samples = [words[:7], words[7:12], words[12:21]]
+    others = [words[21:28], samples[1], words[30:39]]
+    segments = Segments.in_a_row([len(sample) for sample in samples], device=words.device)
+    together, beside = (
+        isolation.run(llm.model, llm.embed(torch.cat(row)[None]), segments).logits[0].float()
+        for row in (samples, others)
+    )
+    alone = torch.cat(
+        [llm.model(inputs_embeds=llm.embed(sample[None]), use_cache=False).logits[0] for sample in samples]
+    )
+    scale = alone.float().std()
+    middle = slice(7, 12)
+    difference = (together - alone.float()).abs().max() / scale
+    leak = (together[middle] - beside[middle]).abs().max() / scale
+    return difference.item(), leak.item()
+
+
+def _candidates(model: Any) -> list[Backend]:
+    device = model.get_input_embeddings().weight.device
+    if model.dtype in (torch.bfloat16, torch.float16) and _missing("varlen", device) is None:
+        return ["varlen", "blocks", "sdpa", "eager"]
+    return ["blocks", "sdpa", "eager"]
+
+
+def _missing(backend: Backend, device: torch.device) -> str | None:
+    """Why a back end can't run here."""
+    if backend in ("blocks", "sdpa", "eager"):
+        return None
+    if backend == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"needs torch 2.10 or later (this is {torch.__version__})"
+    if backend.startswith("flash"):
+        from transformers.utils import import_utils
+
+        test = getattr(import_utils, f"is_flash_attn_{backend[-1]}_available", None)
+        if test is None or not test():
+            return "needs a flash-attn of this generation, which is not installed"
+    if device.type != "cuda":
+        return f"needs a GPU (the LLM is on {device.type})"
+    return None
+
+
+def _check_rotary(llm: LanguageModel, longest: int) -> None:
+    """Refuse positions that turn by another angle as soon as one sample of the row is long."""
+    config = llm.model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    per_layer = [values for values in rotary.values() if isinstance(values, dict)]
+    for values in per_layer or [rotary]:
+        kind = values.get("rope_type", "default")
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        limit = values.get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > limit:
+            raise RecipeError(
+                f"data.packing.max_tokens: {llm.reference} turns its positions otherwise ({kind}) as soon as a sample "
+                f"of the row is longer than {limit:,} tokens, so that a long one would change its neighbours; right "
+                f"would be at most {limit}"
+            )
+
+
+@torch.no_grad()
+def _check_windows(llm: LanguageModel, longest: int) -> None:
+    """Raises _Unsuited where a layer's window does not reach our attention: in short samples nobody would notice."""
+    config = llm.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise _Unsuited(f"it has layers of {', '.join(unknown)}")
+    seen: Seen = []
+    words = word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[None, 10:14]
+    with attention(llm.model, LOOKING):
+        embeddings = llm.embed(words.to(llm.model.get_input_embeddings().weight.device))
+        llm.model(inputs_embeds=embeddings, use_cache=False, seen=seen)
+    if len(seen) != config.num_hidden_layers:
+        raise _Unsuited("its attention is not that of transformers' register")
+    window = getattr(config, "sliding_window", None)
+    for layer, heard in seen:
+        slides = kinds[layer] == "sliding_attention" if kinds else window is not None
+        right = window if slides else None
+        if heard != right and min(heard or longest, right or longest) < longest:
+            raise _Unsuited(f"layer {layer} has a window of {right}, and asks for {heard}")
