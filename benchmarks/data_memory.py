@@ -80,7 +80,7 @@ def measure(file: Path, draws: int) -> dict[str, Any]:
     from vpgtrans.data.mixture import open_mixture
     from vpgtrans.recipe import Stage
     from vpgtrans.training.features import FrozenFront
-    from vpgtrans.training.loading import Updates
+    from vpgtrans.training.loading import SampleDraws, Updates
     from vpgtrans.training.samples import BadSamples, Samples
     from vpgtrans.vision.preprocess import ImageTransform
 
@@ -96,7 +96,7 @@ def measure(file: Path, draws: int) -> dict[str, Any]:
     stage = Stage.model_validate(
         {"name": "s", "trainable": {"projector": "full"}, "batch_size": BATCH, "budget": {"samples": draws}}
     )
-    updates = Updates(samples, stage, seed=0, first_sample=0, start=0, stop=draws // BATCH)
+    updates = Updates(samples, SampleDraws(samples.mixture, seed=0, stage=stage), start=0, stop=draws // BATCH)
     updates.visited()  # as a run does before its first update
     batch = next(iter(updates))
     found["first_batch_seconds"] = time.perf_counter() - start

@@ -49,7 +49,7 @@ from vpgtrans.data.mixture import Mixture, open_mixture
 from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Stage
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.loading import Updates
+from vpgtrans.training.loading import SampleDraws, Updates
 from vpgtrans.training.samples import BadSamples, Samples
 from vpgtrans.training.workers import AHEAD
 from vpgtrans.vision.preprocess import ImageTransform, open_image
@@ -149,9 +149,9 @@ class Sides:
         vpg: Any = SimpleNamespace(transform=self.transform)
         samples = Samples(mixture, FrozenFront(vpg, "pixels"), self.prompter, bad=BadSamples(0.0), cached=False)
         stage = Stage(name="s", trainable={"projector": "full"}, batch_size=BATCH, budget={"samples": self.count})  # type: ignore[arg-type]
-        stop = -(-self.count // BATCH)
+        draws, stop = SampleDraws(mixture, seed=0, stage=stage), -(-self.count // BATCH)
         seen = 0
-        for batch in Updates(samples, stage, seed=0, first_sample=0, start=0, stop=stop, workers=workers):
+        for batch in Updates(samples, draws, start=0, stop=stop, workers=workers):
             seen += self._taken(self.transform.scaled(batch.inputs), batch.encoded)
         return seen
 

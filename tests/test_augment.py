@@ -10,7 +10,7 @@ from tiny_training import FINETUNE, Pictures, build_vlm, lines, make_recipe, mix
 
 from vpgtrans.config import AugmentConfig
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.loading import Updates
+from vpgtrans.training.loading import SampleDraws, Updates
 from vpgtrans.training.samples import BadSamples, Samples, View
 from vpgtrans.vision.augment import random_view
 
@@ -120,8 +120,9 @@ def test_augmentation_changes_training_and_not_the_zeroth_validation(root, tmp_p
 def test_a_resumed_stage_sees_the_views_it_would_have_seen(root, tmp_path) -> None:
     stage = make_recipe([FINETUNE]).stages[0]
     made = samples(root, tmp_path, augment=AugmentConfig(views=3), cached=False)
-    straight = list(Updates(made, stage, seed=0, first_sample=8, start=0, stop=4))
-    later = list(Updates(made, stage, seed=0, first_sample=8, start=2, stop=4))
+    draws = SampleDraws(made.mixture, seed=0, stage=stage, first_sample=8)
+    straight = list(Updates(made, draws, start=0, stop=4))
+    later = list(Updates(made, draws, start=2, stop=4))
     for expected, found in zip(straight[2:], later, strict=True):
         assert expected.ids == found.ids
         assert torch.equal(expected.inputs, found.inputs)

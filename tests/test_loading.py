@@ -32,7 +32,7 @@ from vpgtrans.prompts import Prompter
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.features import FeatureCache, FrozenFront
-from vpgtrans.training.loading import Updates
+from vpgtrans.training.loading import SampleDraws, Updates
 from vpgtrans.training.samples import BadSamples, Batch, Samples
 from vpgtrans.vision.preprocess import ImageTransform
 
@@ -121,7 +121,7 @@ def updates(mixture: Mixture, *, workers: int = 0, start: int = 0, stop: int = 9
     vpg: Any = SimpleNamespace(transform=ImageTransform(ImageConfig(size=SIZE)))
     prompter = Prompter(tiny_tokenizer(), PromptConfig(), visual_tokens=2)
     samples = Samples(mixture, FrozenFront(vpg, "pixels"), prompter, bad=BadSamples(limit), cached=False)
-    return Updates(samples, STAGE, seed=3, first_sample=0, start=start, stop=stop, workers=workers)
+    return Updates(samples, SampleDraws(samples.mixture, seed=3, stage=STAGE), start=start, stop=stop, workers=workers)
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
@@ -278,7 +278,7 @@ def test_ctrl_c_reaches_every_process_and_leaves_loading_to_the_first(two):
 
 
 def test_what_goes_wrong_in_a_process_comes_through_as_it_is(two, monkeypatch):
-    def broken(self, rows, *, positions=None):
+    def broken(self, rows, **_):
         raise RuntimeError("boom: a bug")
 
     monkeypatch.setattr(Samples, "load", broken)

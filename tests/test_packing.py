@@ -1,7 +1,7 @@
 """Packing: every sample once, no limit passed, never more packs than first-fit decreasing, the same packs each time."""
 
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from vpgtrans.data import pack_search
 from vpgtrans.data.pack_search import Limits, first_fit, lower_bound, sort_items
 from vpgtrans.data.packing import PackPlan, PlanKey, StreamPacker, fewest_packs, pack
 from vpgtrans.errors import DataError, IntegrityError
+from vpgtrans.files import key_digest
 
 KEY = PlanKey("data", "tokenizer", "prompt", "576", 100, 8)
 
@@ -171,8 +172,6 @@ def test_statistics():
     }
     nothing = pack([200], max_tokens=100)
     assert (nothing.statistics["packs"], nothing.statistics["dropped"], nothing.statistics["fill"]) == (0, 1, 0)
-    with pytest.raises(DataError, match="no sample fits a pack of 100 tokens"):
-        nothing.draws(0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -199,36 +198,6 @@ def test_a_sample_without_tokens_is_refused():
         StreamPacker(max_tokens=9).add(0)
 
 
-# --- ranks --------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
-def test_ranks_get_as_many_packs_and_together_all_of_them_each_epoch(packs, world, epochs):
-    plan = pack([9] * packs, max_tokens=10)
-    drawn = []
-    for epoch in range(epochs):
-        rounds = plan.rounds(epoch, world)
-        ranks = [plan.for_rank(rank, world, seed=3, rounds=rounds) for rank in range(world)]
-        assert {len(own) for own in ranks} == {len(rounds)}
-        drawn += np.stack(ranks, axis=1).ravel().tolist()
-    assert len(drawn) >= packs * epochs > len(drawn) - world
-    for epoch in range(epochs):
-        assert sorted(drawn[epoch * packs : (epoch + 1) * packs]) == list(range(packs))
-
-
-def test_a_run_goes_on_in_the_middle_of_an_epoch_and_epochs_differ():
-    plan = pack([9] * 50, max_tokens=10)
-    whole = plan.for_rank(1, 3, seed=0, rounds=range(0, 40))
-    assert np.array_equal(whole[17:], plan.for_rank(1, 3, seed=0, rounds=range(17, 40)))
-    assert not np.array_equal(plan.shuffled(0, 0), plan.shuffled(0, 1))
-    assert not np.array_equal(plan.shuffled(0, 0), plan.shuffled(1, 0))
-    with pytest.raises(ValueError, match="rank 3 of 3"):
-        plan.for_rank(3, 3, seed=0, rounds=range(1))
-    with pytest.raises(IndexError):
-        plan.pack(-1)
-
-
 # --- file ---------------------------------------------------------------------------------------
 
 
@@ -248,7 +217,7 @@ def test_what_was_saved_is_loaded(tmp_path):
 def test_a_plan_of_something_else_is_refused(tmp_path, change):
     pack([60, 40], max_tokens=100).save(tmp_path / "plan", KEY)
     other = replace(KEY, **{change: 7 if change.startswith("max") else "another"})
-    assert other.digest != KEY.digest
+    assert key_digest(asdict(other)) != key_digest(asdict(KEY))
     with pytest.raises(DataError, match=f"with another {change}: make it anew"):
         PackPlan.load(tmp_path / "plan", other)
 

@@ -8,14 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import FINETUNE, WARMUP, all_tensors, build_vlm, lines, make_recipe, mixtures, train
+from tiny_training import (
+    FINETUNE,
+    PACKING,
+    WARMUP,
+    all_tensors,
+    build_vlm,
+    data_keys,
+    lines,
+    make_recipe,
+    mixtures,
+    train,
+)  # fmt: skip
 
+from vpgtrans.data.packs import measure
 from vpgtrans.errors import CheckpointError
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
+from vpgtrans.training.loading import Draws, SampleDraws, pack_draws
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.stopping import Stopped, StopSignals
 
@@ -26,12 +40,13 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-@pytest.fixture(scope="module")
-def whole(root, tmp_path_factory):
-    """A run that nothing interrupted: its tensors, its log, its results."""
+@pytest.fixture(scope="module", params=[None, PACKING], ids=["padded", "packed"])
+def whole(root, tmp_path_factory, request):
+    """A run that nothing interrupted: its tensors, its log, its results; and its recipe."""
     run, vlm = tmp_path_factory.mktemp("whole"), build_vlm(root)
-    results = train(vlm, make_recipe(), run)
-    return all_tensors(vlm), lines(run / "metrics.jsonl"), results
+    recipe = make_recipe(data=data_keys(packing=request.param))
+    results = train(vlm, recipe, run)
+    return all_tensors(vlm), lines(run / "metrics.jsonl"), results, recipe
 
 
 def crash_at(patch: pytest.MonkeyPatch, stage: str, update: int) -> None:
@@ -50,7 +65,7 @@ def without_clock(log: list[dict]) -> list[dict]:
 
 
 def assert_same(vlm, run: Path, results, whole) -> None:
-    tensors, log, expected = whole
+    tensors, log, expected, _ = whole
     ours = all_tensors(vlm)
     assert ours.keys() == tensors.keys()
     assert [name for name in tensors if not torch.equal(ours[name], tensors[name])] == []
@@ -67,9 +82,9 @@ def test_a_crashed_run_resumes_to_the_same_result(root, whole, tmp_path, stage, 
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, stage, update)
         with pytest.raises(Crash):
-            train(build_vlm(root), make_recipe(), tmp_path)
+            train(build_vlm(root), whole[-1], tmp_path)
     vlm = build_vlm(root)
-    results = train(vlm, make_recipe(), tmp_path, resume=True)
+    results = train(vlm, whole[-1], tmp_path, resume=True)
     assert_same(vlm, tmp_path, results, whole)
 
 
@@ -83,10 +98,10 @@ def test_a_run_may_crash_between_a_stages_last_update_and_the_next_stage(root, w
 
     monkeypatch.setattr(Checkpoints, "save", crash)
     with pytest.raises(Crash):
-        train(build_vlm(root), make_recipe(), tmp_path)
+        train(build_vlm(root), whole[-1], tmp_path)
     monkeypatch.undo()
     vlm = build_vlm(root)
-    results = train(vlm, make_recipe(), tmp_path, resume=True)
+    results = train(vlm, whole[-1], tmp_path, resume=True)
     assert_same(vlm, tmp_path, results, whole)
 
 
@@ -127,8 +142,8 @@ def process(root: Path, run: Path, recipe: Recipe, *options: str) -> subprocess.
 )
 def test_a_killed_process_resumes_to_the_same_result(root, whole, tmp_path, name, stage, update, workers):
     """Also where others load its data: they end, too (or the pipes that they share would stay open)."""
-    entry = [{"dataset": "unused"}]
-    recipe = make_recipe(data={"train": entry, "validation": entry, "workers": workers})
+    recipe = whole[-1]
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     done = process(root, tmp_path, recipe, "--signal", stage, str(update), name)
     if name == "SIGKILL":
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -145,16 +160,24 @@ def test_a_killed_process_resumes_to_the_same_result(root, whole, tmp_path, name
     assert_same(vlm, tmp_path, results, whole)
 
 
-def test_two_processes_give_what_one_gives(root, tmp_path):
+def first_batch_of_two(root: Path, recipe: Recipe) -> list[np.ndarray]:
+    """Rows of the first update that each of two processes gets."""
+    train_data, packing, stage = mixtures()["train"], recipe.data.packing, recipe.stages[0]
+    draws: Draws = SampleDraws(train_data, seed=recipe.seed, stage=stage)
+    if packing is not None:
+        lengths = measure(train_data, build_vlm(root).splice.prompter)
+        draws = pack_draws(train_data, lengths, packing, stage, seed=recipe.seed, index=0)
+    return [draws.update(0, rank=rank, world=2).rows for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["padded", "packed"])
+def test_two_processes_give_what_one_gives(root, tmp_path, packing):
     """Also where one of them has a micro-batch less, or nothing at all, because images of its share can't be read."""
-    finetune = {**FINETUNE, "lora": {}, "micro_batch_size": 1}
-    recipe = make_recipe(
-        [WARMUP, finetune],
-        data={"train": [{"dataset": "unused"}], "validation": [{"dataset": "unused"}], "max_bad_fraction": 0.5},
-    )
-    rows = [int(row) for row in mixtures()["train"].draws(recipe.seed, 0, 4)]
-    unreadable = {rows[0], *rows[1::2]}  # of the first batch the second process gets the odd rows
-    assert len(unreadable) == 3
+    finetune = {**FINETUNE, "lora": {}, "micro_batch_size": None if packing else 1}
+    recipe = make_recipe([WARMUP, finetune], data=data_keys(max_bad_fraction=0.5, packing=packing))
+    first, second = (batch.tolist() for batch in first_batch_of_two(root, recipe))
+    unreadable = {first[0], *second}
+    assert 2 <= len(unreadable) <= 4
     alone = build_vlm(root, dropout=0.0)
     results = train(alone, recipe, tmp_path / "one", unreadable=unreadable)
     both = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 2, "strategy": "ddp"})})
@@ -185,10 +208,9 @@ def test_two_processes_give_what_one_gives(root, tmp_path):
 
 def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(root, tmp_path):
     second = sorted(mixtures()["train"].draws(0, 0, 8)[1::2].tolist())  # what the second process gets
-    entry = [{"dataset": "unused"}]
     recipe = make_recipe(
         [{**WARMUP, "cache_features": False}],
-        data={"train": entry, "validation": entry, "max_bad_fraction": 0.15},
+        data=data_keys(max_bad_fraction=0.15),
         trainer={"precision": "fp32", "devices": 2},
     )
     done = process(root, tmp_path, recipe, "--unreadable", *map(str, second))
@@ -248,11 +270,11 @@ def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_result(root, whole,
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, "finetune", 5)
         with pytest.raises(Crash):
-            train(build_vlm(root), make_recipe(), tmp_path)
+            train(build_vlm(root), whole[-1], tmp_path)
     newest = max((tmp_path / "checkpoints").iterdir())
     (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-1] + b"!")
     vlm = build_vlm(root)
-    results = train(vlm, make_recipe(), tmp_path, resume=True)
+    results = train(vlm, whole[-1], tmp_path, resume=True)
     assert_same(vlm, tmp_path, results, whole)
 
 

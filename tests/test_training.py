@@ -27,7 +27,7 @@ from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.fit import StageRun, count_updates
-from vpgtrans.training.loading import Updates, Validator
+from vpgtrans.training.loading import SampleDraws, Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import CaptionObjective, WordObjective, build_objectives
 from vpgtrans.training.parts import part_module, put_state, set_trainable, table, take_state
@@ -437,20 +437,27 @@ def test_a_validation_set_without_a_readable_image_stops_the_run(root, tmp_path)
 def test_budgets_in_samples_and_in_tokens(root):
     vlm, mixture = build_vlm(root), mixtures()["train"]
     prompter = vlm.splice.prompter
-    assert count_updates(one_stage(budget={"samples": 13}).stages[0], mixture, prompter) == 4
+    assert count_updates(one_stage(budget={"samples": 13}).stages[0], mixture, prompter, per_update=4) == 4
     lengths = [len(vlm.llm.tokenizer.encode(caption)) + 1 for caption in [mixture.caption(row) for row in range(14)]]
     mean = sum(lengths) / len(lengths)
     assert min(lengths) < mean < max(lengths)
     stage = one_stage(budget={"tokens": 500}).stages[0]
-    assert count_updates(stage, mixture, prompter) == math.ceil(math.ceil(500 / mean) / 4)
+    assert count_updates(stage, mixture, prompter, per_update=4) == math.ceil(math.ceil(500 / mean) / 4)
     double = one_stage(budget={"tokens": 500}, micro_batch_size=2).stages[0]
-    assert count_updates(double, mixture, prompter) == count_updates(stage, mixture, prompter)
+    assert count_updates(double, mixture, prompter, per_update=4) == count_updates(
+        stage, mixture, prompter, per_update=4
+    )
 
 
 def updates(seed: int, *, start: int = 0, first_sample: int = 0, stop: int = 9) -> list[list[int]]:
     samples = Samples(mixtures()["train"], None, None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
-    data = Updates(samples, one_stage().stages[0], seed=seed, first_sample=first_sample, start=start, stop=stop)
-    return [data.rows(update)[0].tolist() for update in range(start, stop)]
+    data = Updates(
+        samples,
+        SampleDraws(samples.mixture, seed=seed, stage=one_stage().stages[0], first_sample=first_sample),
+        start=start,
+        stop=stop,
+    )
+    return [data.draws.update(update).rows.tolist() for update in range(start, stop)]
 
 
 def test_the_order_depends_on_the_seed_and_the_position_alone():
@@ -466,9 +473,10 @@ def test_devices_share_each_batch():
     vlm_free = Samples(mixtures()["train"], None, None, bad=BadSamples(0.0), cached=False)  # type: ignore[arg-type]
     taken: dict[int, list[list[int]]] = {}
     for rank in (0, 1, 2):
-        data = Updates(vlm_free, one_stage().stages[0], seed=1, first_sample=0, start=0, stop=3)
+        draws = SampleDraws(vlm_free.mixture, seed=1, stage=one_stage().stages[0])
+        data = Updates(vlm_free, draws, start=0, stop=3)
         data.rank, data.world = rank, 3
-        taken[rank] = [data._own(number)[0].tolist() for number in range(3)]
+        taken[rank] = [data._own(number).rows.tolist() for number in range(3)]
     for update, rows in enumerate(updates(1, stop=3)):
         assert sorted(row for rank in taken for row in taken[rank][update]) == sorted(rows)
 

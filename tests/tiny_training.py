@@ -115,13 +115,21 @@ def build_vlm(root: Path, *, dropout: float = 0.1, dtype: torch.dtype = torch.fl
     return VLM(VPG(encoder, connector), projector, llm, prompt=PromptConfig())
 
 
+PACKING = {"max_tokens": 30}
+"""About two samples fit, so that an update of four has two packs."""
+
+
+def data_keys(**changes: Any) -> dict[str, Any]:
+    """A recipe's `data`, of a data set that is not opened: `mixtures` stands for it."""
+    return {"train": [{"dataset": "unused"}], "validation": [{"dataset": "unused"}]} | changes
+
+
 def make_recipe(stages: Sequence[dict[str, Any]] = (WARMUP, FINETUNE), **changes: Any) -> Recipe:
-    entry = [{"dataset": "unused"}]
     keys = {
         "name": "tiny",
         "source": {"vpg": "unused"},
         "target": {"llm": "unused"},
-        "data": {"train": entry, "validation": entry},
+        "data": data_keys(),
         "stages": list(stages),
         "trainer": {"precision": "fp32", "devices": 1},
     }

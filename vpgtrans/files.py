@@ -2,11 +2,18 @@
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vpgtrans.errors import OutputError
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vpgtrans.errors import DataError, IntegrityError, OutputError
 
 
 def temporary_of(target: Path) -> Path:
@@ -51,6 +58,49 @@ def owned(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def key_digest(key: Mapping[str, Any]) -> str:
+    """A name for what is kept under a key of plain values."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, key: Mapping[str, Any]) -> None:
+    """Arrays in one file, whole or not at all, with a key of plain values that says what they were made of."""
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as temporary:
+        temporary.write_bytes(save(plain, {"key": json.dumps(key), "content": _content(plain)}))
+
+
+def read_arrays(path: Path, names: Sequence[str], *, key: Mapping[str, Any], what: str) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote.
+
+    Raises:
+        DataError: it was made of something else, or isn't there. IntegrityError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        if not path.exists():
+            raise DataError(f"{path}: there is no {what} here") from error
+        raise IntegrityError(f"{path} is no {what}, or damaged ({error}): remove it") from error
+    if set(arrays) != set(names) or metadata.get("content") != _content(arrays):
+        raise IntegrityError(f"{path}: the {what} is damaged: remove it")
+    found = json.loads(metadata["key"])
+    if other := [name for name in key if found.get(name) != key[name]]:
+        raise DataError(f"{path} is a {what} with another {' and '.join(other)}: make it anew")
+    return arrays
+
+
+def _content(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -290,6 +290,18 @@ def _checked(segments: Segments | None, query: Tensor, options: dict[str, Any]) 
 
 
 @contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within the block the LLM is in eval mode, each of its modules as before afterwards."""
+    trains = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trains:
+            module.training = True
+
+
+@contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Within the block the LLM's attention is what `transformers` knows by that name."""
     config = model.config.get_text_config()
@@ -385,9 +397,10 @@ def isolate(
         for axes in POSITION_AXES:
             found = Isolation(backend, axes)
             try:
-                if backend in _REGISTERED:
-                    _check_windows(llm, longest or MANY)
-                difference, leak = isolation_error(llm, found)
+                with _without_dropout(llm.model):
+                    if backend in _REGISTERED:
+                        _check_windows(llm, longest or MANY)
+                    difference, leak = isolation_error(llm, found)
             except Exception as error:  # a family raises what it likes at what it does not know
                 problems.append(
                     f"{backend}: {error if isinstance(error, _Unsuited) else repr(error)}".partition("\n")[0]

@@ -34,7 +34,7 @@ from vpgtrans.config import (
     PromptConfig,
     VPGConfig,
 )
-from vpgtrans.data.config import DataSource
+from vpgtrans.data.config import DataSource, PackingConfig
 from vpgtrans.errors import DataError, RecipeError
 from vpgtrans.explain import explain
 
@@ -77,6 +77,8 @@ class DataConfig(Config):
     """Stop when more than this share of the samples is unreadable; below it they are skipped and listed."""
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Processes that read and decode, for each device; auto: none on a CPU, else as many as it has cores, at most 8."""
+    packing: PackingConfig | None = None
+    """Samples share rows without padding and without seeing each other; null: each has a row, padded."""
     augment: AugmentConfig | None = None
     """Random views of training images, in the stages whose `augment` is true; true: the defaults, null: none."""
 
@@ -182,6 +184,11 @@ class TrainerConfig(Config):
 
     devices: PositiveInt | Literal["auto"] = "auto"
     strategy: Literal["auto", "ddp"] = "auto"
+    attention: Literal[
+        "auto", "blocks", "varlen", "sdpa", "eager", "flex_attention",
+        "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    ] = "auto"  # fmt: skip
+    """How samples that share a row are kept apart; auto: varlen on a GPU in half precision, else blocks."""
     precision: Literal["auto", "bf16-true", "bf16-mixed", "fp32"] = "auto"
     """auto: bf16-true where the processor has bf16, fp32 elsewhere."""
     validate_samples: PositiveInt | None = None
@@ -241,6 +248,16 @@ class Recipe(Config):
     def augmentation(self, stage: Stage) -> AugmentConfig | None:
         """How training images are augmented in a stage: both the data and the stage must say so."""
         return self.data.augment if stage.augment else None
+
+    @model_validator(mode="after")
+    def _packs_are_whole(self) -> "Recipe":
+        for stage in self.stages:
+            if self.data.packing is not None and stage.micro_batch_size is not None:
+                raise ValueError(
+                    f"stage {stage.name}: micro_batch_size: with data.packing a pack is what goes through at once; "
+                    "leave micro_batch_size out, and set data.packing.max_tokens by the memory there is"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_adapter(self) -> "Recipe":

@@ -13,20 +13,22 @@ from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_argu
     cls=Examples,
     short_help="Plan which samples would share a row, and say how full rows would be.",
     epilog="""
-    vpgtrans data pack recipes/quickstart.yaml --max-tokens 512
+    vpgtrans data pack recipes/quickstart.yaml
     vpgtrans data pack my.yaml --max-tokens 4096 --max-images 8 --json
     """,
 )
 @recipe_arguments
-@click.option("--max-tokens", type=click.IntRange(min=1), required=True, metavar="N", help="Tokens of a pack.")
-@click.option("--max-images", type=click.IntRange(min=1), metavar="N", help="Images of a pack [default: any number].")
-@click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="Samples of a pack [default: any number].")
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of a pack [default: data.packing].")
+@click.option("--max-images", type=click.IntRange(min=1), metavar="N", help="Images of a pack [default: data.packing].")
+@click.option(
+    "--max-samples", type=click.IntRange(min=1), metavar="N", help="Samples of a pack [default: data.packing]."
+)
 @json_option
 def command(
     recipe: Path,
     overrides: tuple[str, ...],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     max_images: int | None,
     max_samples: int | None,
     as_json: bool,
@@ -34,7 +36,7 @@ def command(
     """Plan packs of a recipe's training samples: each sample once, in as few packs as can be found.
 
     Lengths are those that the target's tokenizer, the prompt and the source's visual tokens give; no image is opened.
-    The plan is kept, and used again while nothing changes. Training does not pack yet.
+    The plan is kept, and used again while nothing changes: training draws from it where the recipe has `data.packing`.
     """
     checked = read_recipe(recipe, overrides)
     with console.loading():
@@ -43,5 +45,6 @@ def command(
     if as_json:
         console.print_json(found)
         return
-    shown = found | {"fill": f"{found['fill']:.2%}"}
-    console.print_pairs(shown, title=f"{checked.name}: packs of {max_tokens:,} tokens")
+    shown = {key: value for key, value in found.items() if key != "stages"} | {"fill": f"{found['fill']:.2%}"}
+    console.print_pairs(shown, title=f"{checked.name}: packs of {found['max_tokens']:,} tokens")
+    console.print_rows(found["stages"], title="an update holds, on average")

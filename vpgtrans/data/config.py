@@ -9,6 +9,15 @@ from vpgtrans.config import Config
 Format = Literal["auto", "openmoji", "table", "llava", "coco", "vqa", "gqa", "webdataset", "folder", "huggingface"]
 
 
+class PackingConfig(Config):
+    """Samples share a row of at most so many tokens, images and samples, without seeing each other."""
+
+    max_tokens: PositiveInt
+    """Tokens of a row, visual ones included. A sample that is longer is left out, and counted."""
+    max_images: PositiveInt | None = None
+    max_samples: PositiveInt | None = None
+
+
 class DataSource(Config):
     """One set of samples: images with captions, questions with answers, conversations, documents or plain text."""
 

@@ -99,13 +99,28 @@ class Mixture:
 
     def some(self, count: int, *, seed: int) -> list[int]:
         """A fixed choice of at most `count` different samples; where reading any row is dear, from few stretches."""
-        dear = any(s.rows.stretches is not None and len(s.rows.stretches) > max(1, s.rows.window) for s in self.sources)
-        if not dear:
+        if self.reach is None:
             return np.random.default_rng(seed).permutation(len(self))[:count].tolist()
         drawn = self.draws(seed, 0, min(len(self), 2 * count))
         return list(dict.fromkeys(drawn.tolist()))[:count]
 
     # --- order ----------------------------------------------------------------------------------
+
+    @property
+    def even(self) -> bool:
+        """Whether every epoch draws each sample once, and rows may be read in any order."""
+        return len(self.sources) == 1 and self.sources[0].weights is None and self.reach is None
+
+    @property
+    def reach(self) -> int | None:
+        """How many draws that follow each other can be read in any order, where reading far ones is dear."""
+        lengths = [
+            len(source) // len(source.rows.stretches) * max(1, source.rows.window)
+            for source in self.sources
+            if source.rows.stretches is not None and len(source.rows.stretches) > max(1, source.rows.window)
+        ]
+        # Half of it: what is carried over is drawn together with what comes after.
+        return max(1, min(lengths) // 2) if lengths else None
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of one epoch, int64 [len(self)]."""

@@ -4,25 +4,17 @@ A plan is made of lengths alone. It holds the number of every sample once, so it
 everything that lengths depend on.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache, partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from vpgtrans.data.epochs import over_epochs
 from vpgtrans.data.pack_search import Items, Limits, lower_bound, search, sort_items
-from vpgtrans.errors import DataError, IntegrityError
-from vpgtrans.files import appearing
+from vpgtrans.errors import DataError
+from vpgtrans.files import read_arrays, write_arrays
 
-FORMAT = 1
 _UNLIMITED = 1 << 40
 
 
@@ -30,8 +22,8 @@ _UNLIMITED = 1 << 40
 
 
 @dataclass(frozen=True)
-class PlanKey:
-    """Everything that a plan depends on beside this code: the lengths, and the limits."""
+class LengthKey:
+    """Everything that samples' lengths depend on beside this code."""
 
     data: str
     """The fingerprint of the data set."""
@@ -40,24 +32,20 @@ class PlanKey:
     prompt: str
     visual_tokens: str
     """How many an image gets, and what stands around them."""
+
+
+@dataclass(frozen=True)
+class PlanKey(LengthKey):
+    """Everything that a plan depends on beside this code: the lengths, and the limits."""
+
     max_tokens: int
     max_images: int | None = None
     max_samples: int | None = None
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Samples by number, pack after pack.
-
-    In training, the packs of all epochs are one sequence without end, each epoch shuffled anew. Round r of it is packs
-    r x world to (r + 1) x world - 1, one a rank. So all ranks get the same number, and the packs that don't fill a
-    round at an epoch's end share it with the first of the next: over epochs no pack is lost, and none is drawn twice.
-    Where a run stands is one number, and any other world goes on from there.
-    """
+    """Samples by number, pack after pack."""
 
     order: np.ndarray
     """int32 or int64 [samples]."""
@@ -95,52 +83,11 @@ class PackPlan:
             "samples_per_pack": len(self.order) / packs if packs else 0.0,
         }
 
-    # --- order ---
-
-    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
-        """The packs of one epoch, int64 [packs]: packs of a plan are sorted by what they are made of."""
-        return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self))
-
-    def draws(self, seed: int, start: int, stop: int) -> np.ndarray:
-        """The run's packs number `start` to `stop`, int64 [stop - start].
-
-        Raises:
-            DataError: the plan has no pack.
-        """
-        if not len(self):
-            raise DataError(f"no sample fits a pack of {self.max_tokens:,} tokens: nothing can be drawn")
-        return over_epochs(partial(self._epoch, seed), len(self), start, stop)
-
-    def rounds(self, epoch: int, world: int) -> range:
-        """The rounds that begin in an epoch."""
-        return range(-(-epoch * len(self) // world), -(-(epoch + 1) * len(self) // world))
-
-    def for_rank(self, rank: int, world: int, *, seed: int, rounds: range) -> np.ndarray:
-        """A rank's pack in each round, int64 [rounds].
-
-        Raises:
-            DataError: the plan has no pack.
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}")
-        return self.draws(seed, rounds.start * world, rounds.stop * world)[rank::world]
-
-    @cached_property
-    def _epoch(self) -> Any:
-        return lru_cache(maxsize=2)(self.shuffled)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_epoch"}
-
     # --- file ---
 
     def save(self, path: Path, key: PlanKey) -> None:
         """One file, whole or not at all."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        metadata = {"format": str(FORMAT), "key": json.dumps(asdict(key)), "content": _content(arrays)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as temporary:
-            temporary.write_bytes(save(arrays, metadata))
+        write_arrays(path, {name: getattr(self, name) for name in _ARRAYS}, key=asdict(key))
 
     @classmethod
     def load(cls, path: Path, key: PlanKey) -> "PackPlan":
@@ -149,34 +96,10 @@ class PackPlan:
             DataError: the plan is of another data set, tokenizer, prompt, layout or limit, and is to be made anew.
             IntegrityError: the file is damaged.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            if not path.exists():
-                raise DataError(f"{path}: there is no pack plan here") from error
-            raise IntegrityError(f"{path} is no pack plan, or damaged ({error}): remove it") from error
-        if metadata.get("format") != str(FORMAT):
-            raise DataError(f"{path} is a pack plan of another version: make it anew")
-        if set(arrays) != set(_ARRAYS) or metadata.get("content") != _content(arrays):
-            raise IntegrityError(f"{path}: the pack plan is damaged: remove it")
-        found, wanted = json.loads(metadata["key"]), asdict(key)
-        if found != wanted:
-            other = [field.name for field in fields(PlanKey) if found.get(field.name) != wanted[field.name]]
-            raise DataError(f"{path} is a pack plan with another {' and '.join(other)}: make it anew")
-        return cls(**arrays, max_tokens=key.max_tokens)
+        return cls(**read_arrays(path, _ARRAYS, key=asdict(key), what="pack plan"), max_tokens=key.max_tokens)
 
 
 _ARRAYS = ("order", "starts", "tokens", "images", "dropped")
-
-
-def _content(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
 
 
 def pack(

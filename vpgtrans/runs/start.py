@@ -10,6 +10,7 @@ import torch
 
 from vpgtrans.config import InitialiserConfig, ProjectorConfig, PromptConfig
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.packs import measure
 from vpgtrans.errors import DataError
 from vpgtrans.llm import LanguageModel, embeddings_of
 from vpgtrans.memory import span_peak, start_span
@@ -26,6 +27,8 @@ from vpgtrans.runs.parts import (
     prompt_of,
     visual_tokens,
 )
+from vpgtrans.training.devices import world_size
+from vpgtrans.training.loading import pack_draws
 from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
@@ -93,6 +96,8 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
         source.vpg.encoder.to(encoder_dtype(recipe, device))
     if source.projector is None:
         measure_inputs(source.vpg, train, _sample(train), count=SCORING_IMAGES)
+    prompt = prompt_of(recipe, source.prompt)
+    _check_rows(recipe, Splice(llm, prompt, visual_tokens=source.vpg.tokens), train, device)
     tokens, rows = visual_tokens(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
@@ -106,7 +111,23 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
         captions=[train.caption(row) for row in rows],
         seed=recipe.seed,
     )
-    return Prepared(source, llm, prompt_of(recipe, source.prompt), context, device)
+    return Prepared(source, llm, prompt, context, device)
+
+
+def _check_rows(recipe: Recipe, splice: Splice, train: Mixture, device: torch.device) -> None:
+    """
+    Raises:
+        RecipeError: the LLM's attention can't do what packing or the prompt asks of it, or devices can't share packs.
+        DataError: no sample fits a pack.
+    """
+    packing = recipe.data.packing
+    if packing is not None or splice.both_ways:
+        splice.isolate(recipe.trainer.attention, longest=packing.max_tokens if packing else None)
+    if packing is not None:
+        lengths = measure(train, splice.prompter)
+        for index, stage in enumerate(recipe.stages):
+            draws = pack_draws(train, lengths, packing, stage, seed=recipe.seed, index=index)
+            draws.check(world_size(recipe, device))
 
 
 def score_candidates(recipe: Recipe, prepared: Prepared, validation: Mixture, *, each: Each = None) -> Choice:

@@ -32,10 +32,18 @@ def check_devices(recipe: Recipe, device: torch.device) -> None:
         # A process that was started to train along has its own GPU's number here.
         if device.index is not None and first_process() and (there if asked == "auto" else asked) > 1:
             raise RecipeError(f"--device {device} is one GPU; give trainer.devices=1 with it, or --device cuda")
-    count = asked if asked != "auto" else torch.cuda.device_count() if device.type == "cuda" else 1
-    world = started[0] * started[1] if started is not None else count
     for stage in recipe.stages:
-        check_batch(stage.name, stage.batch_size, world)
+        check_batch(stage.name, stage.batch_size, world_size(recipe, device))
+
+
+def world_size(recipe: Recipe, device: torch.device) -> int:
+    """How many devices a run trains on together."""
+    asked, started = recipe.trainer.devices, by_torchrun()
+    if started is not None:
+        return started[0] * started[1]
+    if asked != "auto":
+        return asked
+    return torch.cuda.device_count() if device.type == "cuda" else 1
 
 
 def check_batch(stage: str, batch_size: int, world: int) -> None:

@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader
 
 from vpgtrans.config import AugmentConfig, Mode, Part
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.packs import measure
 from vpgtrans.errors import DataError
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import bar
 from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
-from vpgtrans.training.devices import check_batch, data_workers, trainer_devices
+from vpgtrans.training.devices import data_workers, trainer_devices
 from vpgtrans.training.features import FrozenFront, Level
-from vpgtrans.training.loading import Updates, Validator
+from vpgtrans.training.loading import Draws, SampleDraws, Updates, Validator, pack_draws
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
@@ -50,8 +51,10 @@ def boundary(stage: Stage, augmentation: AugmentConfig | None) -> tuple[Level, b
     return level, stage.cache_features is not False
 
 
-def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter) -> int:
-    """A stage's budget in optimizer updates: samples ÷ batch size, rounded up; tokens by the mean answer's length.
+def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter, *, per_update: float) -> int:
+    """A stage's budget in optimizer updates, rounded up; one in tokens by the mean answer's length.
+
+    per_update: samples of an update.
 
     Raises:
         DataError: none of the samples looked at is readable.
@@ -66,7 +69,7 @@ def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter) -> int:
         if not sum(lengths):
             raise DataError(f"stage {stage.name}: its budget is in tokens, and no sample looked at has an answer")
         samples = math.ceil(stage.budget.tokens * len(lengths) / sum(lengths))
-    return math.ceil(samples / stage.batch_size)
+    return math.ceil(samples / per_update)
 
 
 class RunLog:
@@ -138,7 +141,7 @@ class _Watch(L.Callback):
         run.progress.seconds += now - self.clock
         self.clock = now
         run.progress.update = module.done
-        run.progress.samples += run.stage.batch_size
+        run.progress.samples += len(run.data.draws.update(module.done - 1).rows)
         run.progress.text_tokens += int(module.last["text_tokens"])
         every = max(1, run.updates // 400)
         if module.done % every == 0 or module.done == run.updates:
@@ -204,10 +207,6 @@ class StageRun:
         self.stop = stop or StopSignals()
         self.bad = bad
         prompter = vlm.splice.prompter
-        self.updates = count_updates(stage, train, prompter)
-        every = stage.validate_every or math.ceil(self.updates / 10) * stage.batch_size
-        self.validate_every = max(1, round(every / stage.batch_size))
-
         augment = recipe.augmentation(stage)
         level, cached = boundary(stage, augment)
         front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
@@ -215,12 +214,15 @@ class StageRun:
         samples = Samples(
             train, front, prompter, bad=bad, cached=cached, augment=augment, seed=recipe.seed, directory=features
         )
-        first_sample = int(progress.stage_start["samples"])
+        if recipe.data.packing is not None:
+            vlm.splice.isolate(recipe.trainer.attention, longest=recipe.data.packing.max_tokens)
+        draws = self._draws(samples, index)
+        self.updates = count_updates(stage, train, prompter, per_update=draws.per_update)
+        every = stage.validate_every or math.ceil(self.updates / 10) * draws.per_update
+        self.validate_every = max(1, round(every / draws.per_update))
         self.data = Updates(
             samples,
-            stage,
-            seed=recipe.seed,
-            first_sample=first_sample,
+            draws,
             start=progress.update,
             stop=self.updates,
             workers=workers,
@@ -231,7 +233,10 @@ class StageRun:
         if recipe.trainer.validate_samples is not None:
             # The same subset for every run: a fixed permutation, not the run's seed.
             rows = np.sort(np.random.default_rng(0).permutation(len(validation))[: recipe.trainer.validate_samples])
-        self.validator = Validator(held_out, [int(row) for row in rows], workers=workers)
+        packing = recipe.data.packing
+        self.validator = Validator(
+            held_out, [int(row) for row in rows], workers=workers, pack_tokens=packing.max_tokens if packing else None
+        )
         started = time.perf_counter()
         unreadable = self.data.prepare(f"{stage.name}: images", each=self.stop.check)
         unreadable += self.validator.prepare(f"{stage.name}: validation images", each=self.stop.check)
@@ -257,6 +262,24 @@ class StageRun:
         self._bar = bar()
         self._task = self._bar.add_task(stage.name, total=self.updates, completed=progress.update, note="")
 
+    def _draws(self, samples: Samples, index: int) -> Draws:
+        """Which samples come when; of a packed run the samples that no pack holds are counted as left out.
+
+        Raises:
+            DataError: no sample fits a pack. IntegrityError: a pack plan that was kept is damaged.
+        """
+        stage, seed, train, packing = self.stage, self.recipe.seed, samples.mixture, self.recipe.data.packing
+        if packing is None:
+            first = int(self.progress.stage_start["samples"])
+            return SampleDraws(train, seed=seed, stage=stage, first_sample=first)
+        lengths = measure(train, samples.prompter)
+        draws = pack_draws(train, lengths, packing, stage, seed=seed, index=index)
+        over_long = lengths.over_long(packing)
+        self.bad.note(samples.over_long(over_long, packing), seen=samples.see(over_long))
+        count, size, tokens = draws.packs, draws.order.samples_per_pack, draws.order.tokens_per_pack
+        _LOGGER.info("%s: %d pack(s) an update, of %.1f samples and %.0f tokens", stage.name, count, size, tokens)
+        return draws
+
     def run(
         self, optimizer_state: dict[str, Any] | None = None, best_state: dict[str, Tensor] | None = None
     ) -> StageResult:
@@ -281,7 +304,7 @@ class StageRun:
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
         self.bad.shared = trainer.world_size > 1
-        check_batch(stage.name, stage.batch_size, trainer.world_size)
+        self.data.draws.check(trainer.world_size)
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)

@@ -1,26 +1,143 @@
 """The batches of a stage, in the order of the run, and of its validation set."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from vpgtrans.errors import TrainingError
+from vpgtrans.data.config import PackingConfig
+from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.packs import Lengths, PackOrder, in_a_batch, plan_packs
+from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.recipe import Stage
+from vpgtrans.training.devices import check_batch
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.samples import Batch, Loaded, Samples, Unreadable
 from vpgtrans.training.workers import Loader, Work
 
 _STRETCH = 1 << 16
 """Draws that are looked at together."""
+_APART = 15_485_863
+"""Between the seeds of two stages' packs."""
+_PLACES = 1 << 20
+"""More samples than a pack has."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of an update: rows of the mixture, their places in the run's order (None: none), and of each its pack."""
+
+    rows: np.ndarray
+    positions: np.ndarray | None = None
+    packs: np.ndarray | None = None
+
+
+class Draws(ABC):
+    """Which samples an update of a stage holds, on how many devices whatsoever.
+
+    Attributes:
+        per_update: samples of an update, on average.
+    """
+
+    per_update: float
+
+    @abstractmethod
+    def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
+        """A device's share of an update; by default all of it."""
+
+    @abstractmethod
+    def check(self, world: int) -> None:
+        """Raises RecipeError where an update can't be shared among so many devices."""
+
+    def visited(self, updates: int) -> np.ndarray:
+        """The distinct samples of the first updates, int64 [n]."""
+        return np.unique(np.concatenate([self.update(number).rows for number in range(updates)]))
+
+
+class SampleDraws(Draws):
+    """A row a sample: as many samples in every update, one after another in the mixture's order."""
+
+    def __init__(self, mixture: Mixture, *, seed: int, stage: Stage, first_sample: int = 0):
+        """first_sample: the run's sample number at which the stage begins."""
+        self.mixture = mixture
+        self.seed = seed
+        self.stage = stage
+        self.batch_size = stage.batch_size
+        self.first_sample = first_sample
+        self.per_update = float(stage.batch_size)
+
+    def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
+        first = self.first_sample + number * self.batch_size
+        last = first + self.batch_size
+        own = slice(rank, None, world)
+        return Drawn(self.mixture.draws(self.seed, first, last)[own], np.arange(first, last)[own])
+
+    def check(self, world: int) -> None:
+        check_batch(self.stage.name, self.batch_size, world)
+
+    def visited(self, updates: int) -> np.ndarray:
+        met = np.zeros(len(self.mixture), dtype=bool)
+        last = self.first_sample + updates * self.batch_size
+        for start in range(self.first_sample, last, _STRETCH):
+            met[self.mixture.draws(self.seed, start, min(last, start + _STRETCH))] = True
+            if met.all():
+                break
+        return np.flatnonzero(met)
+
+
+class PackDraws(Draws):
+    """A row a pack: as many packs in every update, so that it holds about `batch_size` samples.
+
+    How many follows from the batch size and the first epoch's packs alone. All devices get the same number of them.
+    """
+
+    def __init__(self, order: PackOrder, *, stage: Stage):
+        self.order = order
+        self.stage = stage
+        self.packs = max(1, round(stage.batch_size / order.samples_per_pack))
+        self.per_update = self.packs * order.samples_per_pack
+
+    def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
+        numbers = range(number * self.packs, (number + 1) * self.packs)
+        packs = self.order.packs(numbers.start, numbers.stop)[rank::world]
+        sizes = [len(pack) for pack in packs]
+        positions = [pack * _PLACES + np.arange(size) for pack, size in zip(numbers[rank::world], sizes, strict=True)]
+        return Drawn(np.concatenate(packs), np.concatenate(positions), np.repeat(np.arange(len(packs)), sizes))
+
+    def check(self, world: int) -> None:
+        if not self.packs % world:
+            return
+        even = -(-self.packs // world) * world
+        smaller = self.order.limits.max_tokens * self.packs // even
+        larger = -(-self.stage.batch_size * even // self.packs)
+        raise RecipeError(
+            f"stage {self.stage.name}: an update of about {self.stage.batch_size} samples is {self.packs} pack(s), "
+            f"each of at most {self.order.limits.max_tokens:,} tokens, which {world} devices can't share evenly; right "
+            f"would be batch_size: {larger} or data.packing.max_tokens: {smaller}"
+        )
+
+
+def pack_draws(
+    mixture: Mixture, lengths: Lengths, limits: PackingConfig, stage: Stage, *, seed: int, index: int
+) -> PackDraws:
+    """The packs of a run's stage number `index`. Every stage begins an epoch of its own.
+
+    Raises:
+        DataError: no sample fits a pack. IntegrityError: a plan that was kept is damaged.
+    """
+    own = in_a_batch(limits, stage.batch_size)
+    plan, _ = plan_packs(lengths, own)
+    return PackDraws(PackOrder(mixture, lengths, plan, own, seed=seed + _APART * index), stage=stage)
 
 
 class _Planned(Work[Loaded]):
     """Batches by number, each of given rows."""
 
-    def __init__(self, samples: Samples, plan: Callable[[int], tuple[np.ndarray, np.ndarray | None]], length: int):
-        """plan: number of a batch -> rows, and their positions in the run's order."""
+    def __init__(self, samples: Samples, plan: Callable[[int], Drawn], length: int):
+        """plan: number of a batch -> its samples."""
         self.samples = samples
         self.plan = plan
         self.length = length
@@ -31,33 +148,22 @@ class _Planned(Work[Loaded]):
     def __getitem__(self, number: int) -> Loaded:
         if not 0 <= number < self.length:
             raise IndexError(number)
-        rows, positions = self.plan(number)
-        return self.samples.load(rows.tolist(), positions=None if positions is None else positions.tolist())
+        drawn = self.plan(number)
+        rows, *more = (None if part is None else part.tolist() for part in (drawn.rows, drawn.positions, drawn.packs))
+        assert rows is not None
+        return self.samples.load(rows, positions=more[0], packs=more[1])
 
     def begin(self) -> None:
         self.samples.reopen()
 
 
 class Updates(IterableDataset[Batch]):
-    """The batches of a stage from update `start` on; a device gets its slice of every batch."""
+    """The batches of a stage from update `start` on; a device gets its share of every batch."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        stage: Stage,
-        *,
-        seed: int,
-        first_sample: int,
-        start: int,
-        stop: int,
-        workers: int = 0,
-        pin: bool = False,
-    ):
-        """first_sample: the run's sample number at which the stage begins. workers, pin: see `Loader`."""
+    def __init__(self, samples: Samples, draws: Draws, *, start: int, stop: int, workers: int = 0, pin: bool = False):
+        """workers, pin: see `Loader`."""
         self.samples = samples
-        self.stage = stage
-        self.seed = seed
-        self.first_sample = first_sample
+        self.draws = draws
         self.start = start
         self.stop = stop
         self.workers = workers
@@ -68,16 +174,8 @@ class Updates(IterableDataset[Batch]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def rows(self, update: int) -> tuple[np.ndarray, np.ndarray]:
-        """The mixture's rows of an update over all devices, and their positions in the run's order."""
-        first = self.first_sample + update * self.stage.batch_size
-        last = first + self.stage.batch_size
-        return self.samples.mixture.draws(self.seed, first, last), np.arange(first, last)
-
-    def _own(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, positions = self.rows(self.start + number)
-        own = slice(self.rank, None, self.world)
-        return rows[own], positions[own]
+    def _own(self, number: int) -> Drawn:
+        return self.draws.update(self.start + number, rank=self.rank, world=self.world)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
@@ -85,8 +183,8 @@ class Updates(IterableDataset[Batch]):
         try:
             for number, loaded in enumerate(self._loader):
                 # Of several devices each counts what all of them see.
-                rows = self.rows(self.start + number)[0] if self.samples.bad.shared else self._own(number)[0]
-                yield self.samples.finish(loaded, seen=self.samples.see(rows))
+                drawn = self.draws.update(self.start + number) if self.samples.bad.shared else self._own(number)
+                yield self.samples.finish(loaded, seen=self.samples.see(drawn.rows))
         finally:
             self.close()
 
@@ -98,31 +196,35 @@ class Updates(IterableDataset[Batch]):
 
     def visited(self) -> np.ndarray:
         """The distinct samples that the whole stage holds, also in its updates before `start`, int64 [n]."""
-        met = np.zeros(len(self.samples.mixture), dtype=bool)
-        first = self.first_sample
-        last = first + self.stop * self.stage.batch_size
-        for start in range(first, last, _STRETCH):
-            met[self.samples.mixture.draws(self.seed, start, min(last, start + _STRETCH))] = True
-            if met.all():
-                break
-        return np.flatnonzero(met)
+        return self.draws.visited(self.stop)
 
     def prepare(self, title: str, *, each: Callable[[], None]) -> list[Unreadable]:
         """Fill the caches with all that these updates need, see `Samples.prepare`."""
         if not len(self) or not self.samples.cached:
             return []
-        pairs = [self.rows(update) for update in range(self.start, self.stop)]
-        rows, positions = (np.concatenate(part).tolist() for part in zip(*pairs, strict=True))
+        drawn = [self.draws.update(update) for update in range(self.start, self.stop)]
+        rows = np.concatenate([each.rows for each in drawn]).tolist()
+        positions = np.concatenate([each.positions for each in drawn if each.positions is not None]).tolist()
         return self.samples.prepare(rows, title, positions=positions, each=each, workers=self.workers)
 
 
 class Validator:
     """Loss on the validation set, per answer token; of several devices each takes its share of the rows."""
 
-    def __init__(self, samples: Samples, rows: Sequence[int], *, batch_size: int = 32, workers: int = 0):
+    def __init__(
+        self,
+        samples: Samples,
+        rows: Sequence[int],
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        pack_tokens: int | None = None,
+    ):
+        """pack_tokens: pack samples into rows of at most so many tokens."""
         self.samples = samples
         self.rows = list(rows)
         self.batch_size = batch_size
+        self.pack_tokens = pack_tokens
         self.workers = workers
         self._loader: Loader[Loaded] | None = None
 
@@ -139,11 +241,10 @@ class Validator:
         names = list(module.objectives)
         sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for batch in self._batches(module):
-            if not len(batch):
-                continue
-            for name, (summed, _) in module.losses(batch).items():
-                sums[name] += summed.item()
-                weights[name] += module.objectives[name].weight(batch, module.vlm.vpg.tokens)
+            for part in (batch if self.pack_tokens is None else batch.packed(self.pack_tokens)).parts(None):
+                for name, (summed, _) in module.losses(part).items():
+                    sums[name] += summed.item()
+                    weights[name] += module.objectives[name].weight(part, module.vlm.vpg.tokens)
         module.train()
         sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
         weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))
@@ -169,8 +270,8 @@ class Validator:
         if self._loader is None:
             size = self.batch_size
 
-            def plan(number: int) -> tuple[np.ndarray, None]:
-                return own[number * size : (number + 1) * size], None
+            def plan(number: int) -> Drawn:
+                return Drawn(own[number * size : (number + 1) * size])
 
             self._loader = Loader(_Planned(self.samples, plan, -(-len(own) // size)), workers=self.workers)
         for loaded in self._loader:

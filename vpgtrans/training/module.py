@@ -1,7 +1,7 @@
 """The one LightningModule: it runs any stage, because stages are data.
 
-One batch is one optimizer update. It is split into micro-batches here, and every loss is divided by what the *whole*
-batch (over all devices) holds, so that neither accumulation nor the number of devices changes an update.
+One batch is one optimizer update. It is split into micro-batches or packs here, and every loss is divided by what the
+*whole* batch (over all devices) holds: neither accumulation, nor packing, nor the number of devices changes an update.
 """
 
 import math
@@ -150,11 +150,10 @@ class StageModule(L.LightningModule):
         if not samples:
             return None
         whole = dict(zip(whole, weights, strict=True))
-        size = self.stage.micro_batch_size or max(1, len(batch))
         terms = dict.fromkeys(whole, 0.0)
         with self._unsynchronised():
-            for start in range(0, len(batch), size):
-                sums = self.losses(batch.part(start, start + size))
+            for part in batch.parts(self.stage.micro_batch_size):
+                sums = self.losses(part)
                 total = torch.zeros((), device=self.device)
                 for name, (summed, _) in sums.items():
                     total = total + self.loss_weights[name] * summed / (whole[name] or 1.0)

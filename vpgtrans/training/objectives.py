@@ -47,7 +47,7 @@ class CaptionObjective(Objective):
 
     def forward(self, vlm: VLM, prompts: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """Prompts [n, T, d_llm] -> summed NLL, and how many tokens it sums."""
-        nll, _ = vlm.splice.token_nll(prompts, batch.encoded)
+        nll, _ = vlm.splice.token_nll(prompts, batch.encoded, packed=batch.packs is not None)
         return nll.sum(), len(nll)
 
     def weight(self, batch: Batch, visual: int) -> float:

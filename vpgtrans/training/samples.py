@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vpgtrans.config import AugmentConfig
+from vpgtrans.data.config import PackingConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
@@ -31,6 +32,7 @@ class Batch:
         inputs: [n, …] of all their images in order, by the level of the frozen front: resized images, patches or visual
             tokens.
         skipped: ids of the samples that are left out, because they can't be read or by a rule; B may be 0.
+        packs: of each sample the number of its pack, in order; None where each has a row. A part is one pack.
     """
 
     ids: list[str]
@@ -38,6 +40,7 @@ class Batch:
     encoded: list[Encoded]
     inputs: Tensor
     skipped: list[str] = field(default_factory=list)
+    packs: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,7 +49,31 @@ class Batch:
         ends = [0, *accumulate(text.images for text in self.encoded)]
         images = slice(ends[min(start, len(self))], ends[min(stop, len(self))])
         own = slice(start, stop)
-        return Batch(self.ids[own], self.texts[own], self.encoded[own], self.inputs[images])
+        packs = None if self.packs is None else self.packs[own]
+        return Batch(self.ids[own], self.texts[own], self.encoded[own], self.inputs[images], packs=packs)
+
+    def parts(self, size: int | None) -> Iterator["Batch"]:
+        """What goes through the model at once: a pack, or `size` samples (None: all)."""
+        if not len(self):
+            return
+        if self.packs is not None:
+            ends = [place for place in range(1, len(self)) if self.packs[place] != self.packs[place - 1]]
+            bounds = [0, *ends, len(self)]
+        else:
+            bounds = [*range(0, len(self), size or len(self)), len(self)]
+        for start, stop in pairwise(bounds):
+            yield self.part(start, stop)
+
+    def packed(self, max_tokens: int) -> "Batch":
+        """The samples in this order in packs of at most so many tokens; a longer one has a pack to itself."""
+        packs: list[int] = []
+        pack = room = 0
+        for text in self.encoded:
+            if len(text) > room:
+                pack, room = pack + 1, max_tokens
+            room -= len(text)
+            packs.append(pack)
+        return replace(self, packs=packs)
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, inputs=self.inputs.to(device, non_blocking=True))
@@ -195,6 +222,8 @@ class Loaded:
     cached: list[bool]
     """Of each image, whether it is among `rows`."""
     unreadable: list[Unreadable]
+    packs: list[int] | None = None
+    """See `Batch`."""
 
     def pin_memory(self) -> "Loaded":
         """torch's loader calls this where the batch goes to a GPU."""
@@ -281,8 +310,14 @@ class Samples:
         """
         return self.finish(self.load(rows, positions=positions), seen=self.see(rows))
 
-    def load(self, rows: Sequence[int], *, positions: Sequence[int] | None = None) -> Loaded:
-        """Everything that needs no model."""
+    def load(
+        self,
+        rows: Sequence[int],
+        *,
+        positions: Sequence[int] | None = None,
+        packs: Sequence[int] | None = None,
+    ) -> Loaded:
+        """Everything that needs no model. packs: of each row the number of its pack."""
         ids: list[str] = []
         texts: list[Text] = []
         encodings: list[Encoded] = []
@@ -290,7 +325,8 @@ class Samples:
         stored: list[Tensor] = []
         levels: list[Tensor] = []
         unreadable: list[Unreadable] = []
-        for number, (source, row, view) in zip(rows, self._places(rows, positions), strict=True):
+        kept: list[int] = []
+        for place, (source, row, view) in enumerate(self._places(rows, positions)):
             try:
                 sample = source.sample(row)
                 with source.at(row):
@@ -298,8 +334,10 @@ class Samples:
                 found, new = self._images(source, sample, row, view, count=encoded.images)
             except DataError as error:
                 dropped = isinstance(error, Dropped)
-                unreadable.append(Unreadable((self.role, int(number)), source.id(row), str(error), dropped=dropped))
+                key = self.role, int(rows[place])
+                unreadable.append(Unreadable(key, source.id(row), str(error), dropped=dropped))
                 continue
+            kept.append(place)
             stored += found
             levels += new
             cached += [True] * len(found) + [False] * len(new)
@@ -314,7 +352,19 @@ class Samples:
             torch.stack(levels) if levels else torch.empty(0),
             cached,
             unreadable,
+            packs=None if packs is None else [int(packs[place]) for place in kept],
         )
+
+    def over_long(self, rows: Sequence[int] | np.ndarray, limits: PackingConfig) -> list[Unreadable]:
+        """Samples as left out because they alone pass a limit of packs."""
+        images = "" if limits.max_images is None else f" and {limits.max_images} images"
+        reason = f"longer than a pack of {limits.max_tokens} tokens{images}"
+        found = []
+        for row in rows:
+            source, index = self.mixture.locate(int(row))
+            where = f"{source.rows.where(index)}: {reason}"
+            found.append(Unreadable((self.role, int(row)), source.id(index), where, dropped=True))
+        return found
 
     def finish(self, loaded: Loaded, *, seen: int = 0) -> Batch:
         """What the model takes.
@@ -339,6 +389,7 @@ class Samples:
             loaded.encoded,
             inputs,
             skipped=[entry.id for entry in loaded.unreadable],
+            packs=loaded.packs,
         )
 
     def _images(
