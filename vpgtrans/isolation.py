@@ -14,10 +14,10 @@ means than attention is refused.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -303,14 +303,37 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
-    """Within the block the LLM's attention is what `transformers` knows by that name."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = name
+    """Within the block the LLM's attention is what `transformers` knows by that name.
+
+    Gradient checkpoints that are made within it are recomputed with it too: that happens in the backward pass, after
+    the block.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                stack.enter_context(_replaced(module, "_gradient_checkpointing_func", partial(_again, model, name)))
+        stack.enter_context(_replaced(model.config.get_text_config(), "_attn_implementation", lambda _: name))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, attribute: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, change(before))
     try:
         yield
     finally:
-        config._attn_implementation = before
+        setattr(owner, attribute, before)
+
+
+def _again(model: Any, name: str, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what checkpoints a layer: the same, with this attention whenever the layer runs."""
+
+    def under(layer: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with _replaced(model.config.get_text_config(), "_attn_implementation", lambda _: name):
+            return layer(*arguments, **named)
+
+    return lambda layer, *arguments, **named: checkpoint(partial(under, layer), *arguments, **named)
 
 
 @contextmanager
