@@ -280,7 +280,7 @@ class _Unsuited(Exception):
 
 
 def _checked(segments: Segments | None, query: Tensor, options: dict[str, Any]) -> Segments:
-    if segments is None or query.shape[2] != segments.shape[1]:
+    if segments is None or (query.shape[0], query.shape[2]) != segments.shape:
         raise _Unsuited("the borders of samples don't reach its attention")
     if more := [name for name in _BEYOND if options.get(name) is not None]:
         raise _Unsuited(f"its attention has {', '.join(more)}")
@@ -403,7 +403,6 @@ def isolate(
     """
     if longest is not None:
         _check_rotary(llm, longest)
-    device = llm.model.get_input_embeddings().weight.device
     if both_ways and wanted not in ("auto", "blocks"):
         raise RecipeError(
             f"trainer.attention: {wanted} knows no images that see in both directions (prompt.image_attention); right "
@@ -412,6 +411,27 @@ def isolate(
     candidates: Sequence[Backend] = _candidates(llm.model) if wanted == "auto" else [wanted]
     if both_ways:
         candidates = ["blocks"]
+    with _in_eval_mode(llm.model):
+        return _measured(llm, candidates, longest=longest, both_ways=both_ways)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block nothing is dropped at random, and no random number is drawn."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _measured(
+    llm: LanguageModel, candidates: Sequence[Backend], *, longest: int | None, both_ways: bool
+) -> Isolation:
+    """The first of the back ends that isolates, see `isolate`."""
+    device = llm.model.get_input_embeddings().weight.device
     problems: list[str] = []
     measured: list[str] = []
     for backend in candidates:
