@@ -201,12 +201,13 @@ def _varlen(
     segments: Segments | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As `_blocks`, of samples in one row without dropout, by torch's kernel for ragged batches."""
+    """As `_blocks`, of samples in one row, by torch's kernel for ragged batches; it has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     segments = _checked(segments, query, options)
     if dropout:
-        raise RecipeError("trainer.attention: varlen has no dropout, which this LLM's attention has; right is blocks")
+        options |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        return _blocks(module, query, key, value, attention_mask, segments=segments, **options)
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
     longest = max(segments.lengths)
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
@@ -427,15 +428,12 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _measured(
-    llm: LanguageModel, candidates: Sequence[Backend], *, longest: int | None, both_ways: bool
-) -> Isolation:
+def _measured(llm: LanguageModel, candidates: Sequence[Backend], *, longest: int | None, both_ways: bool) -> Isolation:
     """The first of the back ends that isolates, see `isolate`."""
-    device = llm.model.get_input_embeddings().weight.device
     problems: list[str] = []
     measured: list[str] = []
     for backend in candidates:
-        if problem := _missing(backend, device):
+        if problem := _missing(backend, llm.model):
             raise RecipeError(f"trainer.attention: {backend} {problem}; right would be auto, blocks or sdpa")
         for axes in POSITION_AXES:
             found = Isolation(backend, axes)
@@ -487,14 +485,13 @@ def isolation_error(llm: LanguageModel, isolation: Isolation) -> tuple[float, fl
 
 
 def _candidates(model: Any) -> list[Backend]:
-    device = model.get_input_embeddings().weight.device
-    if model.dtype in (torch.bfloat16, torch.float16) and _missing("varlen", device) is None:
+    if _missing("varlen", model) is None:
         return ["varlen", "blocks", "sdpa", "eager"]
     return ["blocks", "sdpa", "eager"]
 
 
-def _missing(backend: Backend, device: torch.device) -> str | None:
-    """Why a back end can't run here."""
+def _missing(backend: Backend, model: Any) -> str | None:
+    """Why a back end can't run this LLM here."""
     if backend in ("blocks", "sdpa", "eager"):
         return None
     if backend == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -505,8 +502,11 @@ def _missing(backend: Backend, device: torch.device) -> str | None:
         test = getattr(import_utils, f"is_flash_attn_{backend[-1]}_available", None)
         if test is None or not test():
             return "needs a flash-attn of this generation, which is not installed"
+    device = model.get_input_embeddings().weight.device
     if device.type != "cuda":
         return f"needs a GPU (the LLM is on {device.type})"
+    if backend != "flex_attention" and model.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16 (the LLM is in {str(model.dtype).removeprefix('torch.')})"
     return None
 
 
