@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig
 from vpgtrans.errors import DataError, TransferError
-from vpgtrans.isolation import Backend, Isolation, Segments, isolate, writing
+from vpgtrans.isolation import Backend, Isolation, isolate, writing
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
+from vpgtrans.segments import Segments
 from vpgtrans.token_loss import token_nll
 from vpgtrans.vision.preprocess import open_image
 from vpgtrans.vision.vpg import VPG
