@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, tiny_llm
+from tiny import FAMILIES, sharp_llm
 from torch import Tensor, nn
 
 from vpgtrans.config import (
@@ -27,17 +26,6 @@ from vpgtrans.vlm import VLM, Splice, head_only_at
 
 ANSWERS = ["a cat", "two clocks on the wall show half past eleven", "x", "flag: Japan 🙂"]
 TEMPLATES = ["<image>\n", "What is in the picture?<image> It is", "<image>"]
-
-
-def sharp_llm(family: str, directory: Path, *, seed: int = 0) -> Path:
-    """A tiny LLM with large random weights: its predictions are far from uniform and hang on every input."""
-    tiny_llm(family, directory)
-    generator = torch.Generator().manual_seed(seed)
-    state = load_file(directory / "model.safetensors")
-    for name, tensor in sorted(state.items()):
-        state[name] = (tensor if tensor.ndim == 1 else 0) + 0.2 * torch.randn(tensor.shape, generator=generator)
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -7,10 +7,11 @@ measures the quality of a converter may use them.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = (
@@ -200,6 +201,22 @@ def tiny_llm(
     model.eval().save_pretrained(directory, max_shard_size=max_shard_size)
     tokenizer = tiny_tokenizer(style, vocabulary=vocabulary - 12, add_bos=add_bos, sentences=sentences)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def sharp_llm(family: str, directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A tiny LLM with large random weights: its predictions are far from uniform and hang on every input.
+
+    changes: of its config, e.g. a sliding window.
+    """
+    tiny_llm(family, directory)
+    generator = torch.Generator().manual_seed(seed)
+    state = load_file(directory / "model.safetensors")
+    for name, tensor in sorted(state.items()):
+        state[name] = (tensor if tensor.ndim == 1 else 0) + 0.2 * torch.randn(tensor.shape, generator=generator)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
     return directory
 
 
