@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import FAMILIES, sharp_llm
+from tiny import FAMILIES, sharp_llm, tiny_llm
 from torch import Tensor, nn
 
 from vpgtrans.config import (
