@@ -161,7 +161,9 @@ class Splice:
         """
         batch = self.join(prompts, texts, packed=packed)
         model = self.llm.model
-        isolation = None if batch.segments is None else self._isolation or self.isolate()
+        isolation = self._isolation
+        if batch.segments is not None and isolation is None:
+            isolation = self.isolate(longest=self.prompter.max_tokens if packed else None)
         with head_only_at(model, batch.predicts):
             if isolation is not None and batch.segments is not None:
                 logits = isolation.run(model, batch.embeddings, batch.segments).logits
