@@ -232,8 +232,8 @@ def test_a_family_with_a_state_is_refused(tmp_path, wanted):
         (
             "phi3",
             {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0,
-             "original_max_position_embeddings": 64},
-            64,
+             "original_max_position_embeddings": 100},
+            100,
         ),
     ],
 )  # fmt: skip

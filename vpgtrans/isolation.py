@@ -235,8 +235,14 @@ def writing(model: Any, segments: Segments) -> Iterator[None]:
     """Within the block `model.generate` reads its question [B, L] as segments, whose images see in both directions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # what peft's `generate` calls
 
+    several = segments
+
     def add(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, named | {"segments": segments}
+        nonlocal several
+        question = named.get("inputs_embeds")
+        if question is not None and len(question) != several.shape[0]:  # several beams or answers of each
+            several = segments.repeated(len(question) // segments.shape[0])
+        return arguments, named | {"segments": several}
 
     handle = inner.register_forward_pre_hook(add, with_kwargs=True)  # `generate` takes no names that it doesn't know
     try:

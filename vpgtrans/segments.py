@@ -36,6 +36,22 @@ class Segments:
         starts = [0, *accumulate(lengths)]
         return cls((1, starts[-1]), starts[:-1], lengths, spans, torch.device(device))
 
+    def repeated(self, times: int) -> "Segments":
+        """Of a batch in which each row of this one comes several times running."""
+        rows, width = self.shape
+
+        def again(place: int) -> list[int]:
+            first = place + place // width * width * (times - 1)
+            return [first + copy * width for copy in range(times)]
+
+        return Segments(
+            (rows * times, width),
+            [place for start in self.starts for place in again(start)],
+            [length for length in self.lengths for _ in range(times)],
+            [(place, place + stop - start) for start, stop in self.spans for place in again(start)],
+            self.device,
+        )
+
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its sample, int64 [B, L]; 0 outside of samples."""
