@@ -58,15 +58,16 @@ class Splice:
         self.llm = llm
         self.prompter = Prompter(llm.tokenizer, prompt, visual_tokens=visual_tokens, limit=llm.max_tokens)
         self.both_ways = prompt.image_attention == "bidirectional"
-        self._isolation: Isolation | None = None
+        self.isolation: Isolation | None = None
+        """How samples that share a row are kept apart, once it is chosen."""
 
     def isolate(self, backend: Backend | Literal["auto"] = "auto", *, longest: int | None = None) -> Isolation:
         """Choose how samples that share a row are kept apart, see `isolation.isolate`.
 
         longest: tokens of a sample that shares a row; None: none does.
         """
-        self._isolation = isolate(self.llm, backend, longest=longest, both_ways=self.both_ways)
-        return self._isolation
+        self.isolation = isolate(self.llm, backend, longest=longest, both_ways=self.both_ways)
+        return self.isolation
 
     def join(self, prompts: Tensor, texts: Sequence[Text | Encoded], *, packed: bool = False) -> Spliced:
         """Visual prompts [n, T, d_llm] of all images of some conversations, in order -> one batch.
@@ -161,7 +162,7 @@ class Splice:
         """
         batch = self.join(prompts, texts, packed=packed)
         model = self.llm.model
-        isolation = self._isolation
+        isolation = self.isolation
         if batch.segments is not None and isolation is None:
             isolation = self.isolate(longest=self.prompter.max_tokens if packed else None)
         with head_only_at(model, batch.predicts):
@@ -201,7 +202,7 @@ class Splice:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         segments = self._segments(before, longest, packed=False, left=True)
         if segments is not None:
-            self._isolation = self._isolation or self.isolate()  # refuses an LLM that can't
+            self.isolation = self.isolation or self.isolate()  # refuses an LLM that can't
         with nullcontext() if segments is None else writing(self.llm.model, segments):
             written = self.llm.model.generate(
                 inputs_embeds=embeddings,
