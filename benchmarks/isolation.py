@@ -145,7 +145,6 @@ def main() -> None:
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "python": platform.python_version(),
     }
     arguments.output.write_text(json.dumps({"versions": versions, "models": models}, indent=1) + "\n")
     print(all_figures(models), summary(models), sep="\n\n")
