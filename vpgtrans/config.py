@@ -121,7 +121,20 @@ class EfficientNetLite0Config(Config):
 EncoderConfig = Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]
 
 
-class QFormerConnectorConfig(Config):
+class _Connector(Config):
+    """What can be said of every connector."""
+
+    limit: PositiveInt | None = None
+    """Visual tokens an image is given of those there are: the first queries, or a coarser grid; null: all."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys that came later are left out at their default: cache keys and hashes of VLM directories stay.
+        later = {("limit", None)} | ({("standardised", False)} if isinstance(self, IdentityConnectorConfig) else set())
+        return {key: value for key, value in write(self).items() if (key, value) not in later}
+
+
+class QFormerConnectorConfig(_Connector):
     """BLIP-2's Q-Former: learned queries that cross-attend to the patches (transformers' implementation)."""
 
     kind: Literal["qformer"] = "qformer"
@@ -142,7 +155,7 @@ class QFormerConnectorConfig(Config):
     once, when a VPG is built: for encoders whose maps differ in scale."""
 
 
-class ResamplerConnectorConfig(Config):
+class ResamplerConnectorConfig(_Connector):
     """A perceiver resampler (Flamingo): queries attend to patches and queries together."""
 
     kind: Literal["resampler"] = "resampler"
@@ -156,14 +169,82 @@ class ResamplerConnectorConfig(Config):
     standardised: bool = False
 
 
-class IdentityConnectorConfig(Config):
+class CrossAttentionConnectorConfig(_Connector):
+    """One layer in which learned queries attend to the patches (Qwen-VL, MiniCPM-V)."""
+
+    kind: Literal["cross-attention"] = "cross-attention"
+    queries: PositiveInt = 64
+    width: PositiveInt = 768
+    """A multiple of 4, for fixed positions of rows and columns."""
+    heads: PositiveInt = 12
+    dropout: NonNegativeFloat = 0.0
+    standardised: bool = False
+
+
+class IdentityConnectorConfig(_Connector):
     """Patch features go to the projector as they are (LLaVA)."""
 
     kind: Literal["identity"] = "identity"
+    standardised: bool = False
+
+
+class MergeConnectorConfig(_Connector):
+    """A linear layer makes one token of adjacent patches (MiniGPT-v2)."""
+
+    kind: Literal["merge"] = "merge"
+    window: tuple[PositiveInt, PositiveInt] = (1, 4)
+    """Rows and columns of patches that become one token."""
+    width: PositiveInt | None = None
+    """Of a token; null: the encoder's."""
+    standardised: bool = False
+
+
+class PixelShuffleConnectorConfig(_Connector):
+    """A square of patches becomes one token that has all their channels (SmolVLM, Idefics3)."""
+
+    kind: Literal["pixel-shuffle"] = "pixel-shuffle"
+    factor: PositiveInt = 2
+    """Side of the square, in patches."""
+    width: PositiveInt | None = None
+    """Of a token, by a linear layer; null: all channels, factor² times the encoder's, without one."""
+    standardised: bool = False
+
+
+class PoolConnectorConfig(_Connector):
+    """Patches averaged to fewer, then an MLP of two layers (Open-Qwen2VL)."""
+
+    kind: Literal["pool"] = "pool"
+    tokens: PositiveInt = 144
+    """A square number, at most as many as there are patches."""
+    width: PositiveInt = 768
+    hidden: PositiveInt | None = None
+    """Width between the MLP's layers; null: `width`."""
+    standardised: bool = False
+
+
+class PooledQueriesConnectorConfig(_Connector):
+    """Patches averaged to fewer attend to all patches: low resolution asks high resolution (Mini-Gemini, CogAgent)."""
+
+    kind: Literal["pooled-queries"] = "pooled-queries"
+    tokens: PositiveInt = 144
+    """A square number, at most as many as there are patches."""
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    hidden: PositiveInt = 3072
+    dropout: NonNegativeFloat = 0.0
+    standardised: bool = False
 
 
 ConnectorConfig = Annotated[
-    QFormerConnectorConfig | ResamplerConnectorConfig | IdentityConnectorConfig, Field(discriminator="kind")
+    QFormerConnectorConfig
+    | ResamplerConnectorConfig
+    | CrossAttentionConnectorConfig
+    | IdentityConnectorConfig
+    | MergeConnectorConfig
+    | PixelShuffleConnectorConfig
+    | PoolConnectorConfig
+    | PooledQueriesConnectorConfig,
+    Field(discriminator="kind"),
 ]
 
 

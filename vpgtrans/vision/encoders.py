@@ -5,6 +5,7 @@ An encoder is frozen when it is built, and what is frozen stays in eval mode thr
 
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,14 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         config: complete enough to rebuild the encoder. width: d_enc. patches: N.
+        grid: rows and columns of the patches; None where other tokens (a class token) are among them.
         reference_sha256: `weights_sha256()` right after loading the reference, in float32; None if nothing was loaded.
     """
 
     config: HuggingFaceEncoderConfig | EfficientNetLite0Config
     width: int
     patches: int
+    grid: tuple[int, int] | None
     reference_sha256: str | None = None
 
     @abstractmethod
@@ -116,6 +119,7 @@ class EfficientNetLite0(Encoder):
         with torch.no_grad():
             features = self(torch.zeros(1, 3, config.image.size, config.image.size))
         self.patches, self.width = features.shape[1:]
+        self.grid = (math.isqrt(self.patches),) * 2  # of a square image
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> features [B, h*w, c], row by row."""
@@ -189,6 +193,8 @@ class HuggingFaceEncoder(Encoder):
             raise RecipeError(f"encoder: {vision.model_type} merges patches, which is not supported")
         self.width = vision.hidden_size
         self.patches = self._tokens() - (self.prefix if config.select == "patch" else 0)
+        bare = config.select == "patch" or not self.prefix
+        self.grid = (config.image.size // patch,) * 2 if bare else None
 
     def _tokens(self) -> int:
         """Tokens of one image, class and register tokens included: a forward pass that computes nothing."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vpgtrans.config import VPGConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.vision import connectors, encoders
-from vpgtrans.vision.connectors import Connector
+from vpgtrans.vision.connectors import Connector, Grid
 from vpgtrans.vision.encoders import Encoder
 from vpgtrans.vision.preprocess import ImageTransform
 
@@ -22,10 +22,15 @@ class VPG(nn.Module):
             raise TransferError(
                 f"the encoder gives {encoder.width} channels, the connector takes {connector.width_in}: they must agree"
             )
+        connector.check_grid(there=encoder.grid is not None)
         self.encoder = encoder
         self.connector = connector
-        self.config = VPGConfig(encoder=encoder.config, connector=connector.config)
         self.transform = ImageTransform(encoder.config.image)
+
+    @property
+    def config(self) -> VPGConfig:
+        """All that is needed to rebuild it, a limit on its tokens included."""
+        return VPGConfig(encoder=self.encoder.config, connector=self.connector.config)
 
     @property
     def width(self) -> int:
@@ -41,9 +46,9 @@ class VPG(nn.Module):
         """Pixels [B, 3, S, S] -> patches [B, N, d_enc]."""
         return self.encoder(pixels)
 
-    def connect(self, features: Tensor) -> Tensor:
-        """Patches [B, N, d_enc] -> visual tokens [B, T, d_vpg]."""
-        return self.connector(features)
+    def connect(self, features: Tensor, grid: Grid | None = None) -> Tensor:
+        """Patches [B, N, d_enc] -> visual tokens [B, T, d_vpg]; `grid` as in `Connector.forward`."""
+        return self.connector(features, grid)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> visual tokens [B, T, d_vpg]."""
