@@ -3,7 +3,7 @@
 The modules that build these parts take the class defined here: `vision.encoders.build(EncoderConfig)`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -118,20 +118,49 @@ class EfficientNetLite0Config(Config):
     Maps that are less than about `fold` times as fine as the first one are averaged all the same."""
 
 
-EncoderConfig = Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]
+class ConcatEncoderConfig(Config):
+    """Several encoders side by side, their channels concatenated patch by patch (Prismatic)."""
+
+    kind: Literal["concat"] = "concat"
+    encoders: Annotated[
+        list[Annotated[HuggingFaceEncoderConfig | EfficientNetLite0Config, Field(discriminator="kind")]],
+        Field(min_length=2),
+    ]
+    """All see one resized image, so their `image` must be the same but for mean and std. The first one's patches count:
+    another one's are averaged (or repeated) to its rows and columns."""
+
+    @property
+    def image(self) -> ImageConfig:
+        """What the encoders share: the resized image in [0, 1], which each one scales itself."""
+        return self.encoders[0].image.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3})
+
+    @property
+    def reference(self) -> str | None:
+        """All references, where every encoder has one."""
+        names = [encoder.reference for encoder in self.encoders]
+        return None if None in names else " + ".join(map(str, names))
+
+
+EncoderConfig = Annotated[
+    HuggingFaceEncoderConfig | EfficientNetLite0Config | ConcatEncoderConfig, Field(discriminator="kind")
+]
 
 
 class _Connector(Config):
     """What can be said of every connector."""
+
+    unwritten: ClassVar[dict[str, Any]] = {"limit": None}
+    """Keys that came later, left out at their default: cache keys and hashes of VLM directories stay."""
 
     limit: PositiveInt | None = None
     """Visual tokens an image is given of those there are: the first queries, or a coarser grid; null: all."""
 
     @model_serializer(mode="wrap")
     def _as_before_where_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Keys that came later are left out at their default: cache keys and hashes of VLM directories stay.
-        later = {("limit", None)} | ({("standardised", False)} if isinstance(self, IdentityConnectorConfig) else set())
-        return {key: value for key, value in write(self).items() if (key, value) not in later}
+        fields = write(self)
+        return {
+            key: value for key, value in fields.items() if key not in self.unwritten or value != self.unwritten[key]
+        }
 
 
 class QFormerConnectorConfig(_Connector):
@@ -183,6 +212,8 @@ class CrossAttentionConnectorConfig(_Connector):
 
 class IdentityConnectorConfig(_Connector):
     """Patch features go to the projector as they are (LLaVA)."""
+
+    unwritten: ClassVar[dict[str, Any]] = {"limit": None, "standardised": False}
 
     kind: Literal["identity"] = "identity"
     standardised: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vpgtrans.config import EncoderConfig, VPGConfig
+from vpgtrans.config import ConcatEncoderConfig, EncoderConfig, VPGConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
@@ -160,8 +160,9 @@ def validate(recipe: Recipe) -> dict[str, Any]:
 
 def _check_encoder(config: EncoderConfig) -> None:
     """Raises ReferenceError_ where an encoder's reference names nothing."""
-    if config.reference is not None:
-        resolve(config.reference, weights=False)
+    for encoder in config.encoders if isinstance(config, ConcatEncoderConfig) else [config]:
+        if encoder.reference is not None:
+            resolve(encoder.reference, weights=False)
 
 
 def _dataset_and_split(name: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,17 @@ from transformers import (
 )
 
 from vpgtrans.checkpoint_files import CheckpointFiles, read_pickle
-from vpgtrans.config import EfficientNetLite0Config, EncoderConfig, HuggingFaceEncoderConfig, ImageConfig
+from vpgtrans.config import (
+    ConcatEncoderConfig,
+    EfficientNetLite0Config,
+    EncoderConfig,
+    HuggingFaceEncoderConfig,
+    ImageConfig,
+)
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
 from vpgtrans.parts import load_strict, tensors_sha256
 from vpgtrans.references import file_sha256, portable, resolve
+from vpgtrans.vision.grid import Grid, average
 from vpgtrans.vision.preprocess import image_config_from
 from vpgtrans.vision.tensors import load_vision_model
 
@@ -55,19 +62,26 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         config: complete enough to rebuild the encoder. width: d_enc. patches: N.
-        grid: rows and columns of the patches; None where other tokens (a class token) are among them.
         reference_sha256: `weights_sha256()` right after loading the reference, in float32; None if nothing was loaded.
     """
 
-    config: HuggingFaceEncoderConfig | EfficientNetLite0Config
+    config: EncoderConfig
     width: int
     patches: int
-    grid: tuple[int, int] | None
     reference_sha256: str | None = None
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> features [B, N, d_enc] in the encoder's dtype."""
+
+    @abstractmethod
+    def load_reference(self) -> None:
+        """Load the weights that the config's reference names."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Rows and columns of the patches; None where other tokens (a class token) stand among them."""
+        return (math.isqrt(self.patches),) * 2
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +133,6 @@ class EfficientNetLite0(Encoder):
         with torch.no_grad():
             features = self(torch.zeros(1, 3, config.image.size, config.image.size))
         self.patches, self.width = features.shape[1:]
-        self.grid = (math.isqrt(self.patches),) * 2  # of a square image
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> features [B, h*w, c], row by row."""
@@ -193,8 +206,10 @@ class HuggingFaceEncoder(Encoder):
             raise RecipeError(f"encoder: {vision.model_type} merges patches, which is not supported")
         self.width = vision.hidden_size
         self.patches = self._tokens() - (self.prefix if config.select == "patch" else 0)
-        bare = config.select == "patch" or not self.prefix
-        self.grid = (config.image.size // patch,) * 2 if bare else None
+
+    @property
+    def grid(self) -> Grid | None:
+        return None if self.config.select == "full" and self.prefix else super().grid
 
     def _tokens(self) -> int:
         """Tokens of one image, class and register tokens included: a forward pass that computes nothing."""
@@ -239,6 +254,57 @@ class HuggingFaceEncoder(Encoder):
         self.reference_sha256 = self.weights_sha256()
 
 
+class ConcatEncoder(Encoder):
+    """Encoders side by side (Prismatic, arXiv 2402.07865: DINOv2 and SigLIP): d_enc is the sum of theirs.
+
+    Prismatic's two have the same patches; here they may differ, and are brought to the first one's.
+    """
+
+    config: ConcatEncoderConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ConcatEncoderConfig):
+        super().__init__()
+        encoders = [_one(each) for each in config.encoders]
+        self.encoders = nn.ModuleList(encoders)
+        self.config = ConcatEncoderConfig(encoders=[encoder.config for encoder in encoders])
+        first = encoders[0].config.image
+        for index, encoder in enumerate(encoders):
+            if encoder.grid is None:
+                raise RecipeError(f"encoder.encoders.{index}: a class token stands among its patches, so they can't be "
+                                  "joined with others; right would be select: patch")  # fmt: skip
+            image = encoder.config.image.model_copy(update={"mean": first.mean, "std": first.std})
+            differ = {key: (value, getattr(first, key)) for key, value in image if value != getattr(first, key)}
+            if differ:
+                said = "; ".join(f"{key} is {value}, the first one's {own}" for key, (value, own) in differ.items())
+                raise RecipeError(f"encoder.encoders.{index}.image: {said}; all encoders see one resized image, so "
+                                  "right would be the same in both but for mean and std")  # fmt: skip
+        self.patches, self.width = encoders[0].patches, sum(encoder.width for encoder in encoders)
+        for name in ("mean", "std"):
+            values = torch.tensor([getattr(encoder.config.image, name) for encoder in encoders])
+            self.register_buffer(name, values[:, :, None, None], persistent=False)
+
+    @property
+    def _all(self) -> list[Encoder]:
+        return cast(list[Encoder], list(self.encoders))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [0, 1] -> features [B, N, d_enc]."""
+        maps = []
+        for encoder, mean, std in zip(self._all, self.mean, self.std, strict=True):
+            assert encoder.grid is not None
+            maps.append(encoder((pixels - mean) / std).unflatten(1, encoder.grid))
+        first = (maps[0].shape[1], maps[0].shape[2])
+        return torch.cat([average(each, first) for each in maps], dim=3).flatten(1, 2)
+
+    def load_reference(self) -> None:
+        """Load what every encoder's reference names."""
+        for encoder in self._all:
+            encoder.load_reference()
+        self.reference_sha256 = self.weights_sha256()
+
+
 def build(config: EncoderConfig, *, load_weights: bool = True) -> Encoder:
     """A frozen encoder in float32, with its reference's weights or (`load_weights=False`) random ones.
 
@@ -246,11 +312,15 @@ def build(config: EncoderConfig, *, load_weights: bool = True) -> Encoder:
         RecipeError: the config doesn't fit the architecture, or there is no reference to load from.
         ReferenceError_: the reference doesn't resolve. CheckpointError, IntegrityError: its weights are not right.
     """
-    encoder: EfficientNetLite0 | HuggingFaceEncoder
-    encoder = HuggingFaceEncoder(config) if isinstance(config, HuggingFaceEncoderConfig) else EfficientNetLite0(config)
+    encoder = ConcatEncoder(config) if isinstance(config, ConcatEncoderConfig) else _one(config)
     if load_weights:
         encoder.load_reference()
     return encoder
+
+
+def _one(config: HuggingFaceEncoderConfig | EfficientNetLite0Config) -> HuggingFaceEncoder | EfficientNetLite0:
+    """A single encoder with random weights."""
+    return HuggingFaceEncoder(config) if isinstance(config, HuggingFaceEncoderConfig) else EfficientNetLite0(config)
 
 
 def open_config(directory: Path) -> PreTrainedConfig:

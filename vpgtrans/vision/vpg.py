@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from vpgtrans.config import VPGConfig
 from vpgtrans.errors import TransferError
 from vpgtrans.vision import connectors, encoders
-from vpgtrans.vision.connectors import Connector, Grid
+from vpgtrans.vision.connectors import Connector
 from vpgtrans.vision.encoders import Encoder
+from vpgtrans.vision.grid import Grid
 from vpgtrans.vision.preprocess import ImageTransform
 
 

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from vpgtrans.config import ConnectorConfig
-from vpgtrans.vision.connectors.base import Connector, Grid
+from vpgtrans.vision.connectors.base import Connector
 from vpgtrans.vision.connectors.grids import GridConnector, Identity, Merge, PixelShuffle, Pool, PooledQueries
 from vpgtrans.vision.connectors.queries import CrossAttention, QFormer, QueryConnector, Resampler, ResamplerLayer
 
 __all__ = [
     "Connector",
     "CrossAttention",
-    "Grid",
     "GridConnector",
     "Identity",
     "Merge",

@@ -14,7 +14,8 @@ from vpgtrans.config import (
     PooledQueriesConnectorConfig,
 )
 from vpgtrans.errors import RecipeError
-from vpgtrans.vision.connectors.base import Connector, Grid, average, check_attention, feed_forward, fit, sincos
+from vpgtrans.vision.connectors.base import Connector, check_attention, feed_forward
+from vpgtrans.vision.grid import Grid, average, fit, sincos
 
 
 class GridConnector(Connector):
@@ -89,9 +90,9 @@ class Identity(GridConnector):
 
 
 def blocks(features: Tensor, window: Grid) -> Tensor:
-    """Features [B, r, c, d] -> [B, r/h, c/w, h*w*d]: the h x w neighbours of a window, row by row, side by side as channels.
+    """Features [B, r, c, d] -> [B, r/h, c/w, h*w*d]: the neighbours of an h x w window side by side as channels.
 
-    What lacks at the right and lower edge is zeros.
+    They are in the order of reading. What a window lacks at the right or lower edge is zeros.
     """
     (rows, columns), (high, wide) = features.shape[1:3], window
     features = F.pad(features, (0, 0, 0, -columns % wide, 0, -rows % high))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vpgtrans.config import CrossAttentionConnectorConfig, QFormerConnectorConfig, ResamplerConnectorConfig
-from vpgtrans.vision.connectors.base import Connector, Grid, check_attention, feed_forward, sincos
+from vpgtrans.vision.connectors.base import Connector, check_attention, feed_forward
+from vpgtrans.vision.grid import Grid, sincos
 
 INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
