@@ -207,9 +207,10 @@ def test_the_caches_key_covers_what_the_numbers_depend_on(root):
         next(vlm.vpg.encoder.parameters()).view(-1)[0] += 1
     keys["encoder"] = key()
     image = vlm.vpg.config.encoder.image.model_copy(update={"fit": "crop"})
-    encoder = vlm.vpg.config.encoder.model_copy(update={"image": image})
-    vlm.vpg.config = vlm.vpg.config.model_copy(update={"encoder": encoder})
+    vlm.vpg.encoder.config = vlm.vpg.config.encoder.model_copy(update={"image": image})
     keys["preprocessing"] = key()
+    vlm.vpg.connector.limit(1)
+    keys["limit"] = key("tokens")
     assert len(set(keys.values())) == len(keys)
 
 
