@@ -145,7 +145,12 @@ seed: 1.5
     problems = refusal(path)
     wanted = [
         (2, "source.vpg.encoder.image.fit", "the text 'pat' (did you mean pad?)", "one of squash, crop, pad"),
-        (2, "source.vpg.connector", "unknown kind qformr (did you mean qformer?)", "qformer, resampler, cross-attention, identity"),
+        (
+            2,
+            "source.vpg.connector",
+            "unknown kind qformr (did you mean qformer?)",
+            "qformer, resampler, cross-attention, identity",
+        ),
         (3, "target.llm", "is 3", "text"),
         (3, "target", "unknown key trust_remote_cod (did you mean trust_remote_code?)", "llm, projector"),
         (4, "initialiser.kind", "'autoo' (did you mean auto?)", "one of auto, random, inherit"),

@@ -77,18 +77,18 @@ def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = Fa
 
 
 def outline_of(vpg: str | VPGConfig) -> Outline:
-    """Visual tokens of an image and the prompt of a source; neither an encoder's weights nor an LLM are loaded.
+    """Shapes and prompt of a source; neither an encoder's weights nor an LLM are loaded.
 
     Raises:
         As `open_source`.
     """
     if isinstance(vpg, VPGConfig):
         with torch.device("meta"):
-            return Outline(build_vpg(vpg, load_weights=False).tokens, None)
+            return Outline(build_vpg(vpg, load_weights=False), None)
     found = resolve(vpg, weights=False)
     if found.kind == "vlm":
         vision = load_vision(vpg, encoder_weights=False)
-        return Outline(vision.vpg.tokens, vision.prompt)
+        return Outline(vision.vpg, vision.prompt)
     return outline_source(found.path, reference=vpg)
 
 

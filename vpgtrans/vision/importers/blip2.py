@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import Blip2Config, PreTrainedConfig
 
 from vpgtrans.checkpoint_files import CheckpointFiles
@@ -21,12 +22,38 @@ DEFAULT_PROMPT = "<image>"
 
 def outline(directory: Path, config: PreTrainedConfig, *, reference: str) -> Outline:
     """What `read` would give, from the configs alone."""
-    assert isinstance(config, Blip2Config)
-    return Outline(config.num_query_tokens, prompt_config(directory, default=DEFAULT_PROMPT))
+    with torch.device("meta"):
+        vpg = _vpg(directory, config, reference=reference)
+    return Outline(vpg, prompt_config(directory, default=DEFAULT_PROMPT))
 
 
 def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> ImportedSource:
     """Translate the checkpoint in `directory`."""
+    assert isinstance(config, Blip2Config)
+    vpg = _vpg(directory, config, reference=reference)
+    assert isinstance(vpg.encoder, HuggingFaceEncoder)
+    vpg.encoder.load_weights(directory)
+    connector = vpg.connector
+    projector = Projector(ProjectorConfig(norm=False), vpg.width, config.text_config.hidden_size)
+
+    tensors = CheckpointFiles(directory)
+    where = str(directory)
+    state = {f"qformer.{name}": t for name, t in tensors.under(["qformer.", "model.qformer."]).items()}
+    drop_obsolete(state, connector.state_dict())
+    [state["queries"]] = tensors.under(["query_tokens", "model.query_tokens"]).values()
+    load_strict(connector, state, where=where)
+    projection = tensors.under(["language_projection.", "model.language_projection."])
+    load_strict(projector, {f"layers.0.{name}": t for name, t in projection.items()}, where=where)
+    return ImportedSource(
+        vpg=vpg.eval(),
+        projector=projector.eval(),
+        prompt=prompt_config(directory, default=DEFAULT_PROMPT),
+        source_llm=reference,
+    )
+
+
+def _vpg(directory: Path, config: PreTrainedConfig, *, reference: str) -> VPG:
+    """Encoder and Q-Former without their weights."""
     assert isinstance(config, Blip2Config)
     vision, qformer = config.vision_config, config.qformer_config
     if qformer.use_qformer_text_input:
@@ -43,7 +70,6 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
             image=image_config(directory, vision, default=ImageConfig()),
         )
     )
-    encoder.load_weights(directory)
     connector = QFormer(
         QFormerConnectorConfig(
             queries=config.num_query_tokens,
@@ -59,19 +85,4 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
         width_in=encoder.width,
         patches=encoder.patches,
     )
-    projector = Projector(ProjectorConfig(norm=False), qformer.hidden_size, config.text_config.hidden_size)
-
-    tensors = CheckpointFiles(directory)
-    where = str(directory)
-    state = {f"qformer.{name}": t for name, t in tensors.under(["qformer.", "model.qformer."]).items()}
-    drop_obsolete(state, connector.state_dict())
-    [state["queries"]] = tensors.under(["query_tokens", "model.query_tokens"]).values()
-    load_strict(connector, state, where=where)
-    projection = tensors.under(["language_projection.", "model.language_projection."])
-    load_strict(projector, {f"layers.0.{name}": t for name, t in projection.items()}, where=where)
-    return ImportedSource(
-        vpg=VPG(encoder, connector).eval(),
-        projector=projector.eval(),
-        prompt=prompt_config(directory, default=DEFAULT_PROMPT),
-        source_llm=reference,
-    )
+    return VPG(encoder, connector)

@@ -24,17 +24,17 @@ _LAYERS = {"linear_1": "layers.0", "linear_2": "layers.1"}
 def outline(directory: Path, config: PreTrainedConfig, *, reference: str) -> Outline:
     """What `read` would give, from the configs alone."""
     with torch.device("meta"):
-        encoder = _encoder(directory, config, reference=reference)
-    return Outline(encoder.patches, prompt_config(directory, default=DEFAULT_PROMPT))
+        vpg = _vpg(directory, config, reference=reference)
+    return Outline(vpg, prompt_config(directory, default=DEFAULT_PROMPT))
 
 
 def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> ImportedSource:
     """Translate the checkpoint in `directory`."""
-    encoder = _encoder(directory, config, reference=reference)
+    vpg = _vpg(directory, config, reference=reference)
     assert isinstance(config, LlavaConfig)
     width = config.text_config.hidden_size
-    encoder.load_weights(directory)
-    connector = Identity(IdentityConnectorConfig(), width_in=encoder.width, patches=encoder.patches)
+    assert isinstance(vpg.encoder, HuggingFaceEncoder)
+    vpg.encoder.load_weights(directory)
     projector = Projector(
         ProjectorConfig(
             kind="mlp",
@@ -43,7 +43,7 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
             bias=config.multimodal_projector_bias,
             norm=False,
         ),
-        encoder.width,
+        vpg.width,
         width,
     )
 
@@ -51,15 +51,15 @@ def read(directory: Path, config: PreTrainedConfig, *, reference: str) -> Import
     projection = tensors.under(["multi_modal_projector.", "model.multi_modal_projector."])
     load_strict(projector, {_translated(name): t for name, t in projection.items()}, where=str(directory))
     return ImportedSource(
-        vpg=VPG(encoder, connector).eval(),
+        vpg=vpg.eval(),
         projector=projector.eval(),
         prompt=prompt_config(directory, default=DEFAULT_PROMPT),
         source_llm=reference,
     )
 
 
-def _encoder(directory: Path, config: PreTrainedConfig, *, reference: str) -> HuggingFaceEncoder:
-    """The vision tower without its weights."""
+def _vpg(directory: Path, config: PreTrainedConfig, *, reference: str) -> VPG:
+    """The vision tower without its weights, its patches as they are."""
     assert isinstance(config, LlavaConfig)
     if not isinstance(config.vision_feature_layer, int):
         raise TransferError(
@@ -81,7 +81,7 @@ def _encoder(directory: Path, config: PreTrainedConfig, *, reference: str) -> Hu
             f"{directory}: vision_feature_select_strategy 'default' drops one token, but its vision tower "
             f"({vision.model_type}) has {encoder.prefix} tokens before the patches"
         )
-    return encoder
+    return VPG(encoder, Identity(IdentityConnectorConfig(), width_in=encoder.width, patches=encoder.patches))
 
 
 def _translated(name: str) -> str:

@@ -38,10 +38,15 @@ class ImportedSource:
 
 @dataclass(frozen=True)
 class Outline:
-    """What of a source is known without its weights: visual tokens of an image, and its prompt if it has one."""
+    """What of a source is known without its weights: a VPG of its shapes, and its prompt if it has one."""
 
-    visual_tokens: int
+    vpg: VPG
     prompt: PromptConfig | None
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of an image."""
+        return self.vpg.tokens
 
 
 def image_config(directory: Path, vision: PreTrainedConfig, *, default: ImageConfig) -> ImageConfig:
