@@ -14,7 +14,7 @@ from vpgtrans.config import InitialiserConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, Stage, load_recipe
-from vpgtrans.runs.parts import open_source
+from vpgtrans.runs.parts import source_of
 from vpgtrans.runs.start import prepare
 from vpgtrans.training.checkpoints import Progress
 from vpgtrans.training.fit import RunLog, StageRun
@@ -56,7 +56,7 @@ class Pair:
     def __init__(self, recipe: Recipe):
         """recipe: its initialiser must need the source LLM's words (a converter), or no other one can have them."""
         self.train, self.validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-        source = open_source(recipe.source.vpg, seed=recipe.seed)
+        source = source_of(recipe)
         self.prepared = prepare(recipe, device=torch.device("cpu"), source=source, train=self.train)
         self._projectors: dict[InitialiserConfig, Projector] = {}
 

@@ -428,7 +428,7 @@ def test_cheap_checks_come_before_expensive_ones(bench: Bench, monkeypatch: pyte
         raise AssertionError("weights are opened before the cheap checks are through")
 
     for module in modules:
-        monkeypatch.setattr(module, "open_source", too_early)
+        monkeypatch.setattr(module, "source_of", too_early)
         monkeypatch.setattr(module, "prepare", too_early)
     taken = bench.here / "taken"
     taken.mkdir()

@@ -26,7 +26,7 @@ from vpgtrans.config import VPGConfig
 from vpgtrans.data.stats import figures, histogram, padding
 from vpgtrans.errors import DataError
 from vpgtrans.llm import open_tokenizer
-from vpgtrans.runs.parts import open_source, outline_of
+from vpgtrans.runs.parts import open_outline, open_source
 
 CHAT = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}<|end|>{% endfor %}"
 VISUAL = "⟨4 visual tokens⟩"
@@ -289,7 +289,7 @@ def test_visual_tokens_and_prompt_of_others_vlms_are_known_without_their_weights
     opened = open_source(str(path), seed=0)
     for file in path.glob("*.safetensors"):
         file.unlink()
-    outline = outline_of(str(path))
+    outline = open_outline(str(path))
     assert (outline.visual_tokens, outline.prompt) == (opened.vpg.tokens, opened.prompt)
 
 
@@ -298,7 +298,7 @@ def test_visual_tokens_of_a_vpg_to_be_built_are_known(tiny: Tiny, connector: dic
     config = VPGConfig.model_validate(
         {"encoder": {"kind": "huggingface", "reference": str(tiny.encoder)}, "connector": connector}
     )
-    assert outline_of(config).visual_tokens == open_source(config, seed=0).vpg.tokens
+    assert open_outline(config).visual_tokens == open_source(config, seed=0).vpg.tokens
 
 
 # --- before a run -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from vpgtrans import recipe_file
 from vpgtrans.config import (
     AugmentConfig,
     Config,
+    ConnectorConfig,
     InitialiserConfig,
     LoRAConfig,
     Mode,
@@ -65,6 +66,9 @@ class TargetConfig(Config):
     llm: str = Field(min_length=1)
     projector: ProjectorConfig | None = None
     """None: the source's own projector's kind, or the default one where there is no source projector."""
+    connector: ConnectorConfig | None = None
+    """Another connector than the source's, which takes over of it what fits (see `transfer.connector`); of its own kind
+    keys that are left out are the source's. None: the source's."""
     trust_remote_code: bool = False
 
 
@@ -257,6 +261,12 @@ class Recipe(Config):
                     f"stage {stage.name}: micro_batch_size: with data.packing a pack is what goes through at once; "
                     "leave micro_batch_size out, and set data.packing.max_tokens by the memory there is"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_connector(self) -> "Recipe":
+        if self.target.connector is not None and isinstance(self.source.vpg, VPGConfig):
+            raise ValueError("target.connector: source.vpg builds a VPG from scratch; name the connector there")
         return self
 
     @model_validator(mode="after")

@@ -29,10 +29,10 @@ from vpgtrans.runs.parts import (
     check_references,
     flushed_denormals,
     fresh_connector,
-    open_source,
     pick_device,
+    source_of,
 )
-from vpgtrans.runs.start import begin, prepare, with_prompt
+from vpgtrans.runs.start import begin, prepare, written_out
 from vpgtrans.runs.training import Interrupted, run_stages
 from vpgtrans.transfer.initialisers import initialise
 
@@ -134,7 +134,7 @@ def _check(recipe: Recipe, arms: list[str], device: torch.device) -> Recipe:
     """
     check_references(recipe)
     train, _ = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
+    source = source_of(recipe)
     configs = [arm_recipe(recipe, arm, seed=recipe.seed, factor=1.0).initialiser for arm in arms]
     moved = [config for config in configs if config.kind not in ("random", "inherit")]
     widest = recipe.model_copy(update={"initialiser": (moved or configs)[0]})
@@ -144,7 +144,7 @@ def _check(recipe: Recipe, arms: list[str], device: torch.device) -> Recipe:
             context.pairs()
         else:
             initialise(config, context)
-    return with_prompt(recipe, source)
+    return written_out(recipe, source)
 
 
 def speedups(curves: dict[str, list[Curve]], base: str, *, floor: int = 1) -> dict[str, dict[str, Any] | None]:
@@ -219,7 +219,7 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
         return json.loads(done.read_text())
     _LOGGER.info("arm %s", name)
     chosen = arm_recipe(recipe, arm, seed=seed, factor=factor)
-    source = open_source(chosen.source.vpg, seed=seed, trust_remote_code=chosen.source.trust_remote_code)
+    source = source_of(chosen)
     if arm == SCRATCH:
         source.vpg = fresh_connector(source.vpg, seed=seed)
     train, validation = open_mixture(chosen.data.train), open_mixture(chosen.data.validation)

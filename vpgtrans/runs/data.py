@@ -61,7 +61,7 @@ def data_stats(
 
 def open_prompter(recipe: Recipe) -> Prompter:
     """What a run of the recipe makes token ids with; neither the LLM nor an encoder is loaded."""
-    outline = outline_of(recipe.source.vpg)
+    outline = outline_of(recipe)
     trust = recipe.target.trust_remote_code
     return Prompter(
         open_tokenizer(recipe.target.llm, trust_remote_code=trust),

@@ -77,6 +77,9 @@ def check_run(
         if earlier["prompt"] is not None:  # keys that the recipe leaves to the source were written out
             stated = {} if recipe.prompt is None else recipe.prompt.model_dump(include=recipe.prompt.model_fields_set)
             now["prompt"] = earlier["prompt"] | stated
+        before, named = earlier["target"]["connector"], recipe.target.connector
+        if before is not None and named is not None and before["kind"] == named.kind:  # as with the prompt
+            now["target"]["connector"] = before | named.model_dump(mode="json", include=named.model_fields_set)
         differ = _differences(earlier, now)
         wrong = [key for key in differ if not any(key == free or key.startswith(f"{free}.") for free in may_differ)]
         if wrong:

@@ -21,8 +21,8 @@ from vpgtrans.report import write_report
 from vpgtrans.runs.answers import Answers, answer
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import check_run, create_run
-from vpgtrans.runs.parts import check_references, flushed_denormals, open_source, pick_device, readable
-from vpgtrans.runs.start import Start, begin, describe, prepare, with_prompt
+from vpgtrans.runs.parts import check_references, flushed_denormals, pick_device, readable, source_of
+from vpgtrans.runs.start import Start, begin, describe, prepare, written_out
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
@@ -86,9 +86,9 @@ def _journey(
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
     _LOGGER.info("opening the source %s and the target %s", _named(recipe.source.vpg), recipe.target.llm)
-    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
+    source = source_of(recipe)
     prepared = prepare(recipe, device=where, source=source, train=train_data)
-    recipe = with_prompt(recipe, source)
+    recipe = written_out(recipe, source)
     _LOGGER.info("%s", data_table(outlook(train_data, prepared.prompter, seed=recipe.seed)))
     if dry_run:
         describe(recipe, prepared, validation)
@@ -132,6 +132,7 @@ def _journey(
         "metrics": score(said.predictions, said.references) if said.predictions else {"count": 0},
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
+        **({} if start.source.taken is None else {"connector": start.source.taken.to_json()}),
         "seconds": clock(),
         "peak_memory_bytes": max(overall_peak(), *(result.peak_memory_bytes for result in results)),
     }

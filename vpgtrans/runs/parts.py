@@ -13,14 +13,14 @@ from PIL import Image
 from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import DataError, TransferError
+from vpgtrans.errors import DataError, RecipeError, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import pinned, resolve
+from vpgtrans.transfer.connector import TakenOver, exchange
 from vpgtrans.vision import connectors
-from vpgtrans.vision.connectors import QueryConnector
 from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm import VLM
@@ -38,6 +38,41 @@ class Source:
     words: Callable[[], WordEmbeddings] | None
     prompt: PromptConfig | None
     lineage: dict[str, Any]
+    taken: TakenOver | None = None
+    """What a connector that took the source's place has of it."""
+
+
+def source_of(recipe: Recipe) -> Source:
+    """The recipe's source, with the target's connector where the recipe names one.
+
+    Raises:
+        As `open_source`, and TransferError, RecipeError: its parts don't fit each other, or the new connector.
+    """
+    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
+    check_widths(source.vpg, source.projector)
+    if recipe.target.connector is None:
+        return source
+    source.vpg, source.taken = _exchanged(recipe, source.vpg)
+    source.lineage["connector"] = source.taken.to_json()
+    _LOGGER.info("connector: %s", source.taken.line)
+    if source.taken.new and all(stage.trainable["connector"] == "frozen" for stage in recipe.stages):
+        _LOGGER.warning("target.connector: %s is random and no stage trains it", ", ".join(source.taken.new))
+    return source
+
+
+def _exchanged(recipe: Recipe, vpg: VPG) -> tuple[VPG, TakenOver]:
+    """A source's VPG with the target's connector, where the recipe names one; RecipeError where it doesn't fit."""
+    if recipe.target.connector is None:
+        return vpg, TakenOver()
+    kind, width = recipe.initialiser.kind, vpg.width
+    vpg, taken = exchange(vpg, recipe.target.connector, seed=recipe.seed)
+    if vpg.width != width and kind not in ("random", "inherit"):
+        raise RecipeError(
+            f"target.connector: its tokens have width {vpg.width}, and the source's projector, which initialiser "
+            f"{kind} moves, takes {width}; right would be a connector of that width, or initialiser: inherit, which "
+            "makes a new projector"
+        )
+    return vpg, taken
 
 
 def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = False) -> Source:
@@ -76,12 +111,20 @@ def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = Fa
     )
 
 
-def outline_of(vpg: str | VPGConfig) -> Outline:
-    """Shapes and prompt of a source; neither an encoder's weights nor an LLM are loaded.
+def outline_of(recipe: Recipe) -> Outline:
+    """Shapes and prompt of a recipe's source, with the target's connector where the recipe names one; neither an
+    encoder's weights nor an LLM are loaded.
 
     Raises:
-        As `open_source`.
+        As `source_of`.
     """
+    outline = open_outline(recipe.source.vpg)
+    with torch.device("meta"):
+        return replace(outline, vpg=_exchanged(recipe, outline.vpg.to("meta"))[0])
+
+
+def open_outline(vpg: str | VPGConfig) -> Outline:
+    """Shapes and prompt of what `open_source` opens; errors as there."""
     if isinstance(vpg, VPGConfig):
         with torch.device("meta"):
             return Outline(build_vpg(vpg, load_weights=False), None)
@@ -237,7 +280,7 @@ def measure_inputs(vpg: VPG, mixture: Mixture, rows: Sequence[int], *, count: in
     Raises:
         DataError: none is readable.
     """
-    if isinstance(vpg.connector, QueryConnector) and vpg.connector.mean is not None:
+    if vpg.connector.mean is not None:
         features, _ = _through(vpg.encode, vpg, mixture, rows, count)
         vpg.connector.measure(features.to(vpg.connector.mean.device))
 

@@ -19,7 +19,6 @@ from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.parts import (
     Source,
-    check_widths,
     encoder_dtype,
     fresh_connector,
     measure_inputs,
@@ -88,23 +87,24 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     Raises:
         ReferenceError_, CheckpointError, TransferError: what doesn't open or doesn't fit.
     """
-    check_widths(source.vpg, source.projector)
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
     if source.vpg.encoder.reference_sha256 is not None:  # one that the VLM carries itself is written back as it was
         source.vpg.encoder.to(encoder_dtype(recipe, device))
-    if source.projector is None:
+    if source.projector is None or (source.taken is not None and "mean" in source.taken.new):
         measure_inputs(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     prompt = prompt_of(recipe, source.prompt)
     _check_rows(recipe, Splice(llm, prompt, visual_tokens=source.vpg.tokens), train, device)
     tokens, rows = visual_tokens(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
+    # Of another width it can't be moved, and `source_of` let pass only what makes a new one.
+    fits = source.projector is not None and source.projector.width_in == source.vpg.width
     context = Context(
         source=words() if words is not None else None,
         target=embeddings_of(llm, trust_remote_code=recipe.target.trust_remote_code),
-        projector=source.projector,
+        projector=source.projector if fits else None,
         projector_config=_projector_config(recipe, source),
         width_in=source.vpg.width,
         visual_tokens=tokens,
@@ -254,6 +254,9 @@ def _projector_config(recipe: Recipe, source: Source) -> ProjectorConfig:
     return source.projector.config.model_copy(update={"tail": False}) if source.projector else ProjectorConfig()
 
 
-def with_prompt(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe with its prompt written out: what it states, and for the rest the source's own."""
-    return recipe.model_copy(update={"prompt": prompt_of(recipe, source.prompt)})
+def written_out(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with its prompt and connector written out: what it states, and for the rest the source's own."""
+    target = recipe.target
+    if target.connector is not None:
+        target = target.model_copy(update={"connector": source.vpg.connector.config})
+    return recipe.model_copy(update={"prompt": prompt_of(recipe, source.prompt), "target": target})

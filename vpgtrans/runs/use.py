@@ -19,9 +19,10 @@ from vpgtrans.runs.answers import answer
 from vpgtrans.runs.parts import (
     check_references,
     check_widths,
-    open_source,
     open_vlm,
+    outline_of,
     pick_device,
+    source_of,
 )
 from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.vision.importers import importable
@@ -106,7 +107,7 @@ def probe(
     train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
     # All kinds are tried whichever the recipe takes, its other settings kept.
     recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "auto"})})
-    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
+    source = source_of(recipe)
     prepared = prepare(recipe, device=where, source=source, train=train)
     choice = score_candidates(recipe, prepared, validation, each=each)
     others = score_others(recipe, prepared, train=train, validation=validation, each=each)
@@ -155,6 +156,8 @@ def validate(recipe: Recipe) -> dict[str, Any]:
                 raise TransferError(
                     f"initialiser keep: the projector gives width {vision.projector.width_out}, the target has {width}"
                 )
+    if recipe.target.connector is not None:
+        found["visual_tokens"] = outline_of(recipe).visual_tokens
     return found
 
 
