@@ -220,3 +220,70 @@ def test_own_packers_of_the_packing_benchmark_hold_every_sample_and_ours_makes_t
         assert packs["ours"] == min(packs.values())
     planned = packing.plan_many(lengths)
     assert planned["fewest"] <= planned["packs"] == packs["ours"]
+
+
+def test_the_connector_benchmark_holds_every_kind_at_one_budget(tmp_path, monkeypatch, capsys):
+    from typing import get_args
+
+    from vpgtrans.config import ConnectorConfig
+
+    bench = script("connectors")
+    rows = bench.recipes(words=64, captions=32, images=8, seed=1)
+    kinds = {get_args(config.model_fields["kind"].annotation)[0] for config in get_args(get_args(ConnectorConfig)[0])}
+    assert set(rows) == kinds | {"concat"}
+    for name, recipe in rows.items():
+        assert [stage.budget.samples for stage in recipe.stages] == [64, 32]
+        assert recipe.source.vpg.connector.standardised
+        assert recipe.source.vpg.encoder.kind == ("concat" if name == "concat" else "efficientnet-lite0")
+
+    ran = []
+
+    def measure(recipe):
+        ran.append((recipe.name, recipe.seed))
+        cost = {"tokens": 9, "parameters": 1_500_000, "flops": 60_000_000}
+        return {"recipe": bench.recipe_hash(recipe), "val_loss": 4.0 + recipe.seed, **cost}
+
+    monkeypatch.setattr(bench, "measure", measure)
+
+    def call(*arguments: str) -> list[tuple[str, int]]:
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["connectors.py", "--output", str(tmp_path / "out.json"), *arguments])
+        bench.main()
+        return list(ran)
+
+    assert call("--only", "pool", "merge") == [("pool", 0), ("merge", 0)]
+    assert call("--only", "pool", "--seeds", "2") == [("pool", 1)]  # what is there is not run again
+    assert call("--table") == []
+    shown = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert shown == [
+        "| `merge` | 9 | 1.50 M | 60 | 4.00 |",
+        "| `pool` | 9 | 1.50 M | 60 | 4.50 [4.00 - 5.00] |",
+    ]
+    assert call("--only", "pool", "--words", "8") == [("pool", 0)]
+
+
+def test_flops_are_two_for_each_multiplication_and_attention_counts():
+    import torch
+
+    from vpgtrans.config import CrossAttentionConnectorConfig, PoolConnectorConfig
+    from vpgtrans.vision import connectors
+
+    flops = script("connectors").flops
+    pool = connectors.build(PoolConnectorConfig(tokens=4, width=8, hidden=6), width_in=10, patches=36)
+    assert flops(pool, torch.zeros(1, 36, 10)) == 2 * 4 * (10 * 6 + 6 * 8)
+    config = CrossAttentionConnectorConfig(queries=3, width=8, heads=2)
+    cross = connectors.build(config, width_in=10, patches=36)
+    projections = 36 * 10 * 8 + 3 * 8 * 8 + 2 * 36 * 8 * 8 + 3 * 8 * 8
+    assert flops(cross, torch.zeros(1, 36, 10)) == 2 * (projections + 2 * 3 * 36 * 8)
+
+
+def test_the_connector_benchmark_trains_a_row(tiny, monkeypatch):
+    from tiny_runs import source_keys
+
+    from vpgtrans.recipe import parse_recipe
+
+    keys = source_keys(tiny.encoder, tiny.source_llm, tiny.data())
+    found = script("connectors").measure(parse_recipe(keys))
+    assert (found["tokens"], found["width"], found["samples"]) == (4, 16, [8])
+    assert found["val_loss"] > 0
+    assert found["flops"] > 0

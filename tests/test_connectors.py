@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter
+from ruamel.yaml import YAML
 from tiny_runs import QFORMER, WARMUP, Tiny, source_keys
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ import vpgtrans as vt
 from vpgtrans import runs
 from vpgtrans.config import (
     ConnectorConfig,
+    EncoderConfig,
     HuggingFaceEncoderConfig,
     IdentityConnectorConfig,
     ImageConfig,
@@ -528,3 +531,15 @@ def test_a_vpg_from_scratch_names_its_connector_itself(tiny: Tiny) -> None:
     keys["target"]["connector"] = {"kind": "identity"}
     with pytest.raises(RecipeError, match="name the connector there"):
         parse_recipe(keys)
+
+
+def test_every_kind_has_its_examples_in_the_docs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "connectors.md").read_text()
+    lines = [line for line in text.splitlines() if line.strip().startswith("connector: {")]
+    yaml = YAML(typ="safe")
+    found = [TypeAdapter(ConnectorConfig).validate_python(yaml.load(line)["connector"]) for line in lines]
+    assert {config.kind for config in found} == set(KINDS)
+    block = re.search(r"```yaml\n(encoder:.*?)```", text, re.DOTALL)
+    assert block is not None
+    encoder = TypeAdapter(EncoderConfig).validate_python(yaml.load(block[1])["encoder"])
+    assert [each.image.size for each in encoder.encoders] == [384, 384]
