@@ -1,6 +1,5 @@
 """Connectors, against other implementations of the same numbers, and the promises that all of them make."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -32,9 +31,6 @@ from vpgtrans.config import (
 )
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import parse_recipe
-from vpgtrans.runs.data import open_prompter
-from vpgtrans.runs.parts import open_source, source_of
-from vpgtrans.transfer.connector import exchange
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vision.connectors import Connector
 from vpgtrans.vision.grid import average, fit
@@ -441,96 +437,7 @@ def test_side_by_side_encoders_train_and_open_again(tiny: Tiny, tmp_path: Path) 
     assert runs.validate(tiny.transfer_recipe(source={"vpg": str(run)}))["visual_tokens"] == QFORMER["queries"]
 
 
-# --- another connector in a transfer ------------------------------------------------------------
-
-MORE = {"kind": "qformer", "queries": 7}
-
-
-def test_more_queries_keep_the_first_ones_and_everything_else(tiny: Tiny) -> None:
-    recipe = tiny.transfer_recipe(target={"llm": str(tiny.target_llm), "connector": MORE})
-    old, source = open_source(str(tiny.source), seed=0).vpg.connector, source_of(recipe)
-    new = source.vpg.connector
-    assert new.config == old.config.model_copy(update={"queries": 7})  # what is left out is the source's own
-    assert source.taken.to_json() == {
-        "kept": [name for name in old.state_dict() if name != "queries"],
-        "enlarged": ["queries: 4 -> 7"],
-        "new": [],
-    }
-    for name, tensor in old.state_dict().items():
-        assert torch.equal(new.state_dict()[name][:, :4] if name == "queries" else new.state_dict()[name], tensor)
-    # the others are like the first ones, and no two are alike
-    queries = new.queries[0]
-    assert (queries[4:] - queries[:3]).square().mean().sqrt() < 0.2 * queries[:4].square().mean().sqrt()
-    assert len({tuple(row.tolist()) for row in queries}) == 7
-    assert torch.equal(queries, source_of(recipe).vpg.connector.queries[0])
-    # behind a limit to the source's own number nothing has changed
-    features = torch.randn(2, old.patches, old.width_in)
-    new.limit(4)
-    assert torch.equal(new(features), old.eval()(features))
-
-
-def test_fewer_queries_and_another_kind_take_what_fits(tiny: Tiny) -> None:
-    vpg = open_source(str(tiny.source), seed=0).vpg
-    fewer, taken = exchange(vpg, QFormerConnectorConfig(queries=2), seed=0)
-    assert torch.equal(fewer.connector.queries, vpg.connector.queries[:, :2])
-    assert "queries: the first 2 of 4" in taken.kept
-    assert not taken.new
-    config = TypeAdapter(ConnectorConfig).validate_python({"kind": "resampler", "width": 16, "heads": 2, "queries": 4})
-    other, taken = exchange(vpg, config, seed=0)
-    assert taken.kept == ["queries"]
-    assert set(taken.new) == set(other.connector.state_dict()) - {"queries"}
-    narrow, taken = exchange(vpg, QFormerConnectorConfig(width=8), seed=0)
-    assert narrow.width == 8
-    assert {"queries", "qformer.layernorm.weight"} <= set(taken.new)
-
-
-def test_a_transfer_with_more_queries_runs_and_says_what_it_kept(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    recipe = tiny.transfer_recipe(target={"llm": str(tiny.target_llm), "connector": MORE})
-    assert open_prompter(recipe).visual_tokens == runs.validate(recipe)["visual_tokens"] == 7
-    assert runs.data_stats(recipe, samples=4)["visual_tokens"] == 7
-    one = runs.data_pack(tiny.transfer_recipe(), max_tokens=64)
-    assert runs.data_pack(recipe, max_tokens=64)["tokens"] - one["tokens"] == 3 * 24
-    with caplog.at_level("INFO"):
-        run = runs.transfer(recipe, output=tiny.root / "more", device="cpu")
-    assert "enlarged queries: 4 -> 7" in caplog.text
-    said = {"enlarged": ["queries: 4 -> 7"], "new": []}
-    for file in ("summary.json", "lineage.json"):
-        found = json.loads((run / file).read_text())["connector"]
-        assert {key: found[key] for key in said} == said
-        assert "qformer.layernorm.weight" in found["kept"]
-    vision = load_vision(str(run))
-    assert vision.vpg.tokens == 7
-    assert vision.manifest["lineage"]["connector"]["new"] == []
-    # a resumed run takes the written-out recipe for the same one
-    runs.transfer(recipe, output=run, resume=True, device="cpu")
-
-
-def test_tokens_of_another_width_need_a_new_projector(tiny: Tiny, tmp_path: Path) -> None:
-    pool = {"kind": "cross-attention", "queries": 3, "standardised": True, **SMALL}
-    keys = source_keys(tiny.encoder, tiny.source_llm, tiny.data())
-    keys["source"]["vpg"]["encoder"]["select"] = "patch"
-    source = runs.train(parse_recipe(keys), output=tmp_path / "source", device="cpu")
-    changes: dict[str, Any] = {"source": {"vpg": str(source)}, "stages": [WARMUP]}
-    target = {"llm": str(tiny.target_llm), "connector": pool}
-    recipe = tiny.transfer_recipe(target=target, **changes)
-    for verb in (runs.validate, runs.data_stats):
-        with pytest.raises(RecipeError, match=r"target\.connector: .*width 8, .*converter moves, takes 16; .*inherit"):
-            verb(recipe)
-    with pytest.raises(RecipeError, match=r"target\.connector"):
-        runs.transfer(recipe, output=tmp_path / "refused", device="cpu")
-    assert not (tmp_path / "refused").exists()
-    inherit = tiny.transfer_recipe(target=target, initialiser="inherit", **changes)
-    vision = load_vision(str(runs.transfer(inherit, output=tmp_path / "moved", device="cpu")))
-    assert (vision.vpg.tokens, vision.projector.width_in) == (3, 8)
-    assert vision.projector.config.norm  # of the source's kind
-    assert vision.vpg.connector.mean.any()  # measured: the source's had none
-
-
-def test_a_vpg_from_scratch_names_its_connector_itself(tiny: Tiny) -> None:
-    keys = source_keys(tiny.encoder, tiny.source_llm, tiny.data())
-    keys["target"]["connector"] = {"kind": "identity"}
-    with pytest.raises(RecipeError, match="name the connector there"):
-        parse_recipe(keys)
+# --- docs ---------------------------------------------------------------------------------------
 
 
 def test_every_kind_has_its_examples_in_the_docs() -> None:
