@@ -25,10 +25,12 @@ from tiny import sharp_llm, tiny_tokenizer
 from torch import Tensor
 
 from vpgtrans import isolation
+from vpgtrans.config import PromptConfig
 from vpgtrans.errors import RecipeError
 from vpgtrans.isolation import Isolation, isolate, isolation_error
 from vpgtrans.llm import LanguageModel, block_linears, open_llm
 from vpgtrans.prompts import Encoded, Text, Turn
+from vpgtrans.vlm import Splice
 
 BACKENDS = ("blocks", "sdpa", "eager")
 REFUSED = {(family, backend) for family in ("opt", "opt-project-in") for backend in ("sdpa", "eager")}
@@ -241,7 +243,9 @@ def test_positions_that_a_long_neighbour_turns_are_refused(tmp_path, family, cha
     original = {k: v for k, v in changes.items() if k == "original_max_position_embeddings"}
     path = sharp_llm(family, tmp_path / "llm", rope_parameters=changes, **original)
     llm = open_llm(str(path), dtype=torch.float32)
-    with pytest.raises(RecipeError, match=rf"^data.packing.max_tokens: .*{changes['rope_type']}.* at most {limit}$"):
+    with pytest.raises(
+        RecipeError, match=rf"^data.packing.max_tokens: .*{changes['rope_type']}.* at most {limit}, here or in"
+    ):
         isolate(llm, longest=limit + 1)
     splice = splice_of(llm)
     splice.isolate(longest=limit)
@@ -249,6 +253,15 @@ def test_positions_that_a_long_neighbour_turns_are_refused(tmp_path, family, cha
     nll, rows = splice.token_nll(prompts, TEXTS, packed=True)
     for text, expected in enumerate(alone(splice, prompts)):
         torch.testing.assert_close(nll[rows == text], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_prompt_may_keep_samples_short_enough(tmp_path):
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
+    llm = open_llm(str(sharp_llm("llama", tmp_path / "llm", rope_parameters=parameters)), dtype=torch.float32)
+    with pytest.raises(RecipeError, match=r"data\.packing\.max_tokens"):
+        splice_of(llm).isolate(longest=400)
+    short = Splice(llm, PromptConfig(max_tokens=40), visual_tokens=VISUAL_TOKENS)
+    assert short.isolate(longest=400).backend == "blocks"
 
 
 def test_packing_without_a_stated_length_counts_on_the_longest(tmp_path):

@@ -418,7 +418,7 @@ def _check_rotary(llm: LanguageModel, longest: int) -> None:
             raise RecipeError(
                 f"data.packing.max_tokens: {llm.reference} turns its positions otherwise ({kind}) as soon as a sample "
                 f"of the row is longer than {limit:,} tokens, so that a long one would change its neighbours; right "
-                f"would be at most {limit}"
+                f"would be at most {limit}, here or in prompt.max_tokens"
             )
 
 

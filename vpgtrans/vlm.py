@@ -64,8 +64,10 @@ class Splice:
     def isolate(self, backend: Backend | Literal["auto"] = "auto", *, longest: int | None = None) -> Isolation:
         """Choose how samples that share a row are kept apart, see `isolation.isolate`.
 
-        longest: tokens of a sample that shares a row; None: none does.
+        longest: tokens of a sample that shares a row, if the prompt allows as many; None: none does.
         """
+        if longest is not None and self.prompter.max_tokens is not None:
+            longest = min(longest, self.prompter.max_tokens)
         self.isolation = isolate(self.llm, backend, longest=longest, both_ways=self.both_ways)
         return self.isolation
 
