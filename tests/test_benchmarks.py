@@ -1,16 +1,21 @@
 """The scripts of benchmarks/ still fit the package: their help prints, their recipes hold, their figures add up."""
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import tiny_llm
 from tiny_runs import Tiny, build_tiny
 
 from vpgtrans.data.mixture import open_mixture
+from vpgtrans.llm import open_llm
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHARED = {"functional_fit", "pair"}
@@ -287,3 +292,37 @@ def test_the_connector_benchmark_trains_a_row(tiny, monkeypatch):
     assert (found["tokens"], found["width"], found["samples"]) == (4, 16, [8])
     assert found["val_loss"] > 0
     assert found["flops"] > 0
+
+
+def test_the_docs_show_what_the_isolation_benchmark_found(tmp_path, monkeypatch, capsys):
+    isolation = script("isolation")
+    found = json.loads(isolation.RESULTS.read_text())["models"]
+    assert set(found) == {*isolation.FAMILIES, *isolation.REAL}
+    assert isolation.summary(found) in (BENCHMARKS.parent / "docs" / "packing.md").read_text()
+    output = tmp_path / "isolation.json"
+    monkeypatch.setattr(sys, "argv", ["isolation.py", "--models", "llama", "opt", "--output", str(output)])
+    isolation.main()
+    again = json.loads(output.read_text())["models"]
+    for model in again.values():
+        for way, figures in model.items():
+            if "refused" in figures:
+                continue
+            apart = way in isolation.BACKENDS
+            assert (figures["neighbour"] == 0) == apart
+            assert (max(figures["logits"], figures["gradients"]) < 1e-4) == apart
+    assert [way for way, figures in again["opt"].items() if "refused" in figures] == ["sdpa", "eager"]
+    assert "| opt | sdpa | refused |" in capsys.readouterr().out
+
+
+def test_the_picture_of_a_mask_shows_the_pairs_of_a_pack(tmp_path):
+    packing_mask = script("packing_mask")
+    llm = open_llm(str(tiny_llm("llama", tmp_path / "llm")), dtype=torch.float32)
+    for both_ways in (False, True):
+        segments, names = packing_mask.joined(llm, both_ways=both_ways)
+        seen, size = packing_mask.allowed(segments), segments.shape[1]
+        sample = np.repeat(np.arange(3), segments.lengths)
+        together = np.array([[a == b and a.startswith("image") for b in names] for a in names])
+        causal = np.tri(size, dtype=bool) & (sample[:, None] == sample)
+        assert np.array_equal(seen, causal | together if both_ways else causal)
+        packing_mask.draw(segments, names, title="a pack").savefig(tmp_path / "mask.png")
+        assert Image.open(tmp_path / "mask.png").size == (900, 960)

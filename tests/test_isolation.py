@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,16 +201,23 @@ def test_the_layout_of_positions_is_found(tmp_path, backend):
     assert isolate(llm, backend) == Isolation(backend, axes=4)
 
 
+def random_llm(config_class: str, directory: Path, **changes: Any) -> LanguageModel:
+    """Of a family that is not among the tiny ones."""
+    config = getattr(transformers, config_class)(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=True, **changes,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tiny_tokenizer(vocabulary=500).save_pretrained(directory)
+    return open_llm(str(directory), dtype=torch.float32)
+
+
+GQA = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_family_with_three_rotary_axes(tmp_path, backend):
-    config = transformers.Qwen3_5TextConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer(vocabulary=500).save_pretrained(tmp_path)
-    splice = splice_of(open_llm(str(tmp_path), dtype=torch.float32))
+    splice = splice_of(random_llm("Qwen3_5TextConfig", tmp_path, layer_types=["full_attention"] * 2, **GQA))
     chosen = splice.isolate(backend)
     assert neighbour_effect(splice, chosen, random_prompts(splice)) == 0
     assert isolation_error(splice.llm, chosen)[0] < 1e-5
@@ -225,6 +234,25 @@ def test_a_family_with_a_state_is_refused(tmp_path, wanted):
     llm = open_llm(str(sharp_llm("falcon-h1", tmp_path / "llm")), dtype=torch.float32)
     with pytest.raises(RecipeError, match=r"FalconH1ForCausalLM can't be isolated.*leave out data.packing"):
         isolate(llm, wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "why"),
+    [
+        ("Gemma2Config", GQA, "its attention has softcap"),
+        ("GptOssConfig", GQA | {"num_local_experts": 4}, "its attention has s_aux"),
+        ("BloomConfig", {}, "its attention is not that of transformers' register"),
+    ],
+)
+def test_an_attention_that_does_more_than_blocks_is_refused(tmp_path, config, changes, why):
+    llm = random_llm(config, tmp_path, **changes)
+    with pytest.raises(RecipeError, match=re.escape(f"(blocks: {why})")):
+        isolate(llm, "blocks")
+    if config == "Gemma2Config":
+        assert isolate(llm).backend in ("sdpa", "eager")  # as transformers has it: sdpa refuses to cap in newer ones
+    else:
+        with pytest.raises(RecipeError, match="a neighbour changes a sample's logits by"):
+            isolate(llm)
 
 
 @pytest.mark.parametrize(
