@@ -40,10 +40,11 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
 @lru_cache(maxsize=32)
 def _hidden(length: int, window: int | None, times: int, dtype: torch.dtype) -> Tensor:
     """What is added to scores: -inf where a token is not seen; [times · l, l]."""
-    place = torch.arange(length)
-    behind = place[:, None] - place
-    unseen = (behind < 0) | (behind >= (window or length))
-    return torch.zeros(length, length, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat(times, 1)
+    with torch.inference_mode(False):  # it is kept, and training can't use what was made for inference alone
+        place = torch.arange(length)
+        behind = place[:, None] - place
+        unseen = (behind < 0) | (behind >= (window or length))
+        return torch.zeros(length, length, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat(times, 1)
 
 
 class _Short(torch.autograd.Function):
