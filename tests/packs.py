@@ -123,7 +123,7 @@ def neighbour_effect(splice: Splice, isolation: Isolation, prompts: Tensor, text
     before = isolation.run(model, batch.embeddings, batch.segments).logits[0]
     generator, largest = torch.Generator().manual_seed(3), 0.0
     for own in ranges(batch.segments):
-        others = splice.llm.word_rms * torch.randn(batch.embeddings.shape, generator=generator)
+        others = (splice.llm.word_rms * torch.randn(batch.embeddings.shape, generator=generator)).to(batch.embeddings)
         others[:, own] = batch.embeddings[:, own]
         after = isolation.run(model, others, batch.segments).logits[0]
         largest = max(largest, (after[own] - before[own]).abs().max().item())
