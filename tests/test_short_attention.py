@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import TEXTS, neighbour_effect, random_prompts, splice_of
 from tiny import sharp_llm
@@ -20,6 +20,7 @@ def tensors(samples: int, length: int, *, heads: int = 4, shared: int = 2, dtype
     return [torch.randn(size, generator=generator, dtype=dtype) for size in sizes]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.sampled_from([1, 2, 4]), st.one_of(st.none(), st.integers(1, 14)))
 def test_values_are_those_of_the_definition(samples, length, shared, window):
     query, key, value = tensors(samples, length, shared=shared)
