@@ -3,6 +3,7 @@
 The modules that build these parts take the class defined here: `vision.encoders.build(EncoderConfig)`.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -27,13 +28,33 @@ class Config(BaseModel):
 # --- vision -------------------------------------------------------------------------------------
 
 
+Fit = Literal["squash", "crop", "pad", "tiles", "native"]
+
+_NEEDED_BY = {"resize": "crop", "max_tiles": "tiles", "thumbnail": "tiles", "whole": "tiles", "max_patches": "native"}
+"""Keys of an image's preprocessing that one fit alone takes."""
+
+
+def _with_tiles(value: Any) -> Callable[[dict[str, Any]], Any]:
+    """The default of a key that goes with tiles."""
+    return lambda fields: value if fields.get("fit") == "tiles" else None
+
+
 class ImageConfig(Config):
     """How an image becomes pixels `[3, size, size]`: what the encoder's checkpoint was trained with."""
 
     size: PositiveInt = 224
     """Side in pixels of the square the encoder sees."""
-    fit: Literal["squash", "crop", "pad"] = "squash"
-    """squash: resize both sides (BLIP-2). crop: resize the short side, cut the centre (CLIP). pad: letterbox."""
+    fit: Fit = "squash"
+    """squash: resize both sides (BLIP-2). crop: resize the short side, cut the centre (CLIP). pad: letterbox. tiles: a
+    grid of squares by the aspect ratio, then the whole (InternVL). native: its own size, in whole patches (NaViT)."""
+    max_tiles: PositiveInt | None = Field(default_factory=_with_tiles(6))
+    """Of a grid, the thumbnail not counted. Default: 6."""
+    thumbnail: bool | None = Field(default_factory=_with_tiles(True))
+    """Whether the whole image follows its tiles, if they are several. Default: true."""
+    whole: Literal["squash", "pad"] | None = Field(default_factory=_with_tiles("squash"))
+    """How a thumbnail, and an image of one tile, becomes a square. Default: squash."""
+    max_patches: PositiveInt | None = None
+    """Of an image in its native size; a larger one is scaled down. None: as many as the square of `size` has."""
     resize: PositiveInt | None = None
     """Short side in pixels before a `crop` (DINOv2: 256 for size 224); None: size."""
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -44,17 +65,65 @@ class ImageConfig(Config):
 
     @model_validator(mode="after")
     def _resize_before_a_crop(self) -> "ImageConfig":
-        if self.resize is not None and self.fit != "crop":
-            raise ValueError(f"resize: goes with fit: crop only, not with {self.fit}; leave it out")
+        _check_fit(self, self.fit)
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize: {self.resize} is below size, {self.size}, so there is nothing to cut")
         return self
 
     @model_serializer(mode="wrap")
     def _as_before_where_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Without `resize` it reads as it did before there was one: cache keys and hashes of VLM directories stay.
+        # Without these keys it reads as it did before there were any: cache keys and hashes of VLM directories stay.
         fields = write(self)
-        return {key: value for key, value in fields.items() if (key, value) != ("resize", None)}
+        return {key: value for key, value in fields.items() if value is not None or key not in _NEEDED_BY}
+
+
+def _check_fit(config: Config, fit: str) -> None:
+    """Raises ValueError for a key that goes with another fit."""
+    for key, needed in _NEEDED_BY.items():
+        if getattr(config, key, None) is not None and fit != needed:
+            raise ValueError(f"{key}: goes with fit: {needed} only, not with {fit}; leave it out")
+
+
+class ResolutionConfig(Config):
+    """How finely images are seen, in place of what the VPG states itself; keys that are left out are the VPG's own."""
+
+    fit: Fit | None = None
+    """squash, crop and pad give one square an image; tiles several; native the image's own shape."""
+    image_size: PositiveInt | None = None
+    """Side in pixels of a square: of an image, or of each of its tiles."""
+    visual_tokens: PositiveInt | None = None
+    """Of a square: what the connector is limited to."""
+    max_tiles: PositiveInt | None = None
+    thumbnail: bool | None = None
+    whole: Literal["squash", "pad"] | None = None
+    max_patches: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _of_one_fit(self) -> "ResolutionConfig":
+        if self.fit is not None:
+            _check_fit(self, self.fit)
+        return self
+
+    def over(self, image: ImageConfig) -> ImageConfig:
+        """A VPG's own preprocessing with what is stated here.
+
+        Raises:
+            ValueError: a key goes with another fit, or there is nothing left to crop.
+        """
+        stated = self.model_dump(exclude_none=True, exclude={"visual_tokens"})
+        if "image_size" in stated:
+            stated["size"] = stated.pop("image_size")
+        if not stated:
+            return image
+        fields = image.model_dump()
+        fit = stated.get("fit", image.fit)
+        if fit != image.fit:
+            fields = {key: value for key, value in fields.items() if key not in _NEEDED_BY}
+            if fit == "tiles" and image.fit == "pad":
+                fields["whole"] = "pad"  # as the VPG has seen whole images so far
+        if "size" in stated and "resize" in fields:
+            fields["resize"] = max(1, round(fields["resize"] * stated["size"] / image.size))
+        return ImageConfig.model_validate(fields | stated)
 
 
 class AugmentConfig(Config):

@@ -8,7 +8,7 @@ Nothing here needs a model: a tokenizer and a `PromptConfig` do, so this runs in
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,11 +16,14 @@ import numpy as np
 
 from vpgtrans.config import PromptConfig
 from vpgtrans.errors import DataError, Dropped, RecipeError
+from vpgtrans.layout import Layout, Layouts, Size
 
 IMAGE = "<image>"
 """What stands for an image in a text."""
 VISUAL = -1
 """What stands for a visual token among token ids."""
+_PLACE = -2
+"""What stands for an image among ids, until its layout is put in its place."""
 _REMEMBERED = 1000
 """Texts whose ids are kept: the words of a template come with every sample."""
 _ANCHORS = ("\n", ":", "0")
@@ -73,12 +76,14 @@ class Encoded:
         ids: int64 [L], `VISUAL` where a visual token stands. answer: bool [L], the tokens that the loss counts.
         images: how many of the conversation's images are in it, from the first one on.
         cut: what was left out of a long sample: nothing, whole turns at the end, or the end of the first answer.
+        layouts: of these images, in order.
     """
 
     ids: np.ndarray
     answer: np.ndarray
     images: int
     cut: Literal["", "turns", "answer"] = ""
+    layouts: tuple[Layout, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,12 +93,26 @@ class Encoded:
         """How many tokens the loss counts."""
         return int(self.answer.sum())
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces its images have: tiles and thumbnails, or one of each image."""
+        return sum(layout.pieces for layout in self.layouts)
+
 
 class Prompter:
     """Conversations as token ids of one LLM."""
 
-    def __init__(self, tokenizer: Any, config: PromptConfig, *, visual_tokens: int, limit: int | None = None):
-        """visual_tokens: of an image. limit: of the LLM, in tokens; `config.max_tokens` may set a lower one.
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: PromptConfig,
+        *,
+        visual_tokens: int,
+        layouts: Layouts | None = None,
+        limit: int | None = None,
+    ):
+        """visual_tokens: of an image; or layouts, where they depend on its size. limit: of the LLM, in tokens;
+        `config.max_tokens` may set a lower one.
 
         Raises:
             RecipeError: a chat is asked for, and the tokenizer has no chat template.
@@ -101,6 +120,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.config = config
         self.visual_tokens = visual_tokens
+        self.layouts = layouts
         if config.format == "chat" and not tokenizer.chat_template:
             raise RecipeError(
                 "prompt.format is chat, but the LLM's tokenizer has no chat template; right would be plain"
@@ -108,71 +128,124 @@ class Prompter:
         limits = [tokens for tokens in (config.max_tokens, limit) if tokens is not None]
         self.max_tokens = min(limits) if limits else None
         self._known: dict[str, list[int]] = {}
+        self._known_layouts: dict[Layout, list[int]] = {}
 
-    def encode(self, text: Text) -> Encoded:
+    def encode(self, text: Text, sizes: Sequence[Size] = ()) -> Encoded:
         """Token ids of a conversation, at most `max_tokens`.
 
         A longer one loses whole exchanges at its end; if its first exchange alone is too long, the end of its answer.
-        Visual tokens are never cut.
+        Images are never cut.
+
+        Args:
+            sizes: width and height of its images; needed only where there are `layouts`.
 
         Raises:
             TooLong: the first question with its images leaves no room for a token of an answer.
         """
         turns = list(turns_of(text))
-        whole = self._encode(turns)
+        whole, spans = self._encode(turns, sizes)
         if self.max_tokens is None or len(whole) <= self.max_tokens:
             return whole
         if len(turns) > 1:
             ends = [place + 1 for place, turn in enumerate(turns) if turn.role == "assistant"]
             for end in reversed(ends[:-1]):
-                shorter = self._encode(turns[:end])
+                shorter, _ = self._encode(turns[:end], sizes)
                 if len(shorter) <= self.max_tokens:
-                    return Encoded(shorter.ids, shorter.answer, shorter.images, cut="turns")
-            whole = self._encode(turns[: ends[0]])
+                    return replace(shorter, cut="turns")
+            whole, spans = self._encode(turns[: ends[0]], sizes)
         first = int(np.argmax(whole.answer))
         end = self.max_tokens
         # Not through the middle of an image: a document loses the whole image at which it would be cut.
-        while end > first and whole.ids[end - 1] == VISUAL:
-            end -= 1
+        for start, stop in reversed(spans):
+            if start < end <= stop:
+                end = start
         kept = whole.answer[:end]
         if not kept.any():
+            pieces = sum(layout.pieces for layout in whole.layouts)
+            tiles = f" ({whole.images} images in {pieces} pieces)" if pieces > whole.images else ""
             raise TooLong(
-                f"{len(whole)} tokens, {first} of them before the answer; {self.max_tokens} are allowed: {TOO_LONG}"
+                f"{len(whole)} tokens, {first} of them before the answer{tiles}; {self.max_tokens} are allowed: "
+                f"{TOO_LONG}"
             )
-        images = int((whole.ids[:end] == VISUAL).sum()) // max(1, self.visual_tokens)
-        return Encoded(whole.ids[:end], kept, images, cut="answer")
+        images = sum(stop <= end for _, stop in spans)
+        return Encoded(whole.ids[:end], kept, images, cut="answer", layouts=whole.layouts[:images])
 
-    def question(self, turns: Sequence[Turn], *, room: int = 0) -> np.ndarray:
+    def question(self, turns: Sequence[Turn], sizes: Sequence[Size] = (), *, room: int = 0) -> np.ndarray:
         """What stands before an answer, int64 [L]: the same ids as in training.
 
-        room: tokens that the answer may take.
+        sizes: as for `encode`. room: tokens that the answer may take.
 
         Raises:
             TooLong: question and answer together are longer than the LLM takes.
         """
-        ids = np.array([token for piece, _ in self._pieces([*turns, Turn("assistant", "")]) for token in piece])
+        pieces = self._pieces([*turns, Turn("assistant", "")])
+        ids = self._with_images([token for piece, _ in pieces for token in piece], self._laid_out(turns, sizes))
         if self.max_tokens is not None and len(ids) + room > self.max_tokens:
             raise TooLong(
                 f"{len(ids)} tokens before an answer of {room}, where {self.max_tokens} are allowed: {TOO_LONG}"
             )
         return ids
 
-    def template(self, text: str) -> np.ndarray:
+    def template(self, text: str, sizes: Sequence[Size] = ()) -> np.ndarray:
         """A template with `<image>` as it stands, int64 [L]; what `write` goes on from."""
-        return np.array(self._with_start([token for piece in self._around_images(text) for token in piece]))
+        ids = self._with_start([token for piece in self._around_images(text) for token in piece])
+        return self._with_images(ids, self._laid_out([Turn("user", text)], sizes))
+
+    # --- images ---------------------------------------------------------------------------------
+
+    def _laid_out(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> tuple[Layout, ...]:
+        """Of each place of an image.
+
+        Raises:
+            DataError: the layouts depend on sizes, and there are fewer images than places.
+        """
+        count = count_images(turns)
+        if self.layouts is None:
+            return (Layout(self.visual_tokens),) * count
+        if len(sizes) < count:
+            raise DataError(f"{count} times {IMAGE}, and {len(sizes)} images; right would be one for each")
+        return tuple(self.layouts(size) for size in sizes[:count])
+
+    def _with_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> np.ndarray:
+        """Ids with every image put in its place, int64 [L]."""
+        images = iter(layouts)
+        stretches = [self._layout_ids(next(images)) if token == _PLACE else [token] for token in ids]
+        return np.array([token for stretch in stretches for token in stretch], dtype=np.int64)
+
+    def _layout_ids(self, layout: Layout) -> list[int]:
+        """`VISUAL` for each visual token of an image, its marks between them."""
+        if layout not in self._known_layouts:
+            if len(self._known_layouts) >= _REMEMBERED:
+                self._known_layouts.clear()
+            visual = [VISUAL] * layout.tokens
+            ids = [token for words in layout.marked() for token in [*self._later_ids(words), *visual]]
+            self._known_layouts[layout] = ids
+        return self._known_layouts[layout]
 
     # --- pieces ---------------------------------------------------------------------------------
 
-    def _encode(self, turns: Sequence[Turn]) -> Encoded:
-        pieces = list(self._pieces(turns))
-        ids = np.array([token for piece, _ in pieces for token in piece], dtype=np.int64)
-        counts = np.array([counted for piece, counted in pieces for _ in piece], dtype=bool)
-        counts[:1] = False  # nothing stands before it, so nothing predicts it
-        places, stated = int((ids == VISUAL).sum()), count_images(turns)
-        if places != stated * self.visual_tokens:
-            raise DataError(f"{stated} times {IMAGE}, of which {places // self.visual_tokens} can be places of images; "
-                            "right would be in a user's turn or a document")  # fmt: skip
-        return Encoded(ids, counts & (ids != VISUAL), stated)
+    def _encode(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> tuple[Encoded, list[tuple[int, int]]]:
+        """A whole conversation, and where each of its images begins and ends."""
+        layouts = self._laid_out(turns, sizes)
+        ids: list[int] = []
+        counts: list[bool] = []
+        spans: list[tuple[int, int]] = []
+        for piece, counted in self._pieces(turns):
+            for token in piece:
+                if token != _PLACE:
+                    ids.append(token)
+                    counts.append(counted)
+                else:
+                    image = self._layout_ids(layouts[len(spans)]) if len(spans) < len(layouts) else []
+                    spans.append((len(ids), len(ids) + len(image)))
+                    ids += image
+                    counts += [False] * len(image)
+        if len(spans) != len(layouts):
+            raise DataError(f"{len(layouts)} times {IMAGE}, of which {len(spans)} can be places of images; right would "
+                            "be in a user's turn or a document")  # fmt: skip
+        counts[:1] = [False]  # nothing stands before it, so nothing predicts it
+        encoded = Encoded(np.array(ids, dtype=np.int64), np.array(counts, dtype=bool), len(spans), layouts=layouts)
+        return encoded, spans
 
     def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[int], bool]]:
         """Stretches of ids, and whether the loss counts them. An empty last answer is where an answer is to begin."""
@@ -279,7 +352,7 @@ class Prompter:
         """Ids of the words between images, and of the images. first: nothing stands before the text."""
         for place, words in enumerate(text.split(IMAGE)):
             if place:
-                yield [VISUAL] * self.visual_tokens
+                yield [_PLACE]
             yield self._ids(words) if first and not place else self._later_ids(words)
 
     def _with_start(self, ids: list[int]) -> list[int]:
@@ -292,7 +365,7 @@ class Prompter:
         """Tokens at which an answer is over: the end of a text and, for chats, of a turn; often two (Gemma, Phi-3)."""
         ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.config.format != "plain" and self.tokenizer.chat_template:
-            learnt = self._encode([Turn("user", "a"), Turn("assistant", "a")])
+            learnt = self.encode([Turn("user", "a"), Turn("assistant", "a")])
             last = int(learnt.ids[learnt.answer][-1])
             if last in self.tokenizer.added_tokens_decoder and last not in ends:
                 ends.append(last)

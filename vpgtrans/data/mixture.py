@@ -15,7 +15,7 @@ from vpgtrans.data.epochs import over_epochs
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source, open_dataset
 from vpgtrans.errors import DataError
-from vpgtrans.prompts import answer_of
+from vpgtrans.prompts import Encoded, Prompter, answer_of
 
 _GOLDEN = (5**0.5 - 1) / 2
 """Its multiples lie evenly in [0, 1), so that rounding favours no source for long."""
@@ -72,6 +72,11 @@ class Mixture:
     def image(self, sample: int) -> Image.Image:
         source, row = self.locate(sample)
         return source.image(row)
+
+    def encode(self, sample: int, prompter: Prompter) -> Encoded:
+        """A sample as token ids; DataError as `Source.encode`."""
+        source, row = self.locate(sample)
+        return source.encode(source.sample(row), prompter)
 
     def readable(self, rows: Iterable[int]) -> Iterator[Sample]:
         """Those of the given samples that are well-formed.

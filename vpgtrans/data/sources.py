@@ -20,7 +20,8 @@ from vpgtrans.data.rows import Rows, file_state
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.urls import read
 from vpgtrans.errors import DataError, Dropped
-from vpgtrans.prompts import answer_of
+from vpgtrans.layout import Size
+from vpgtrans.prompts import Encoded, Prompter, answer_of
 from vpgtrans.vision.preprocess import image_size, open_image
 
 _LOGGER = logging.getLogger(__name__)
@@ -130,13 +131,34 @@ class Source:
         """
         return self._each_image(sample, lambda image: open_image(fetched(image)))
 
-    def sizes(self, sample: Sample) -> list[tuple[int, int]]:
+    def sizes(self, sample: Sample) -> list[Size]:
         """Width and height of a sample's images, from their headers: nothing is decoded.
 
         Raises:
             DataError: as `open`, as far as headers tell.
         """
         return self._each_image(sample, lambda image: image_size(fetched(image)))
+
+    def open_sized(self, sample: Sample) -> tuple[list[Image.Image], list[Size]]:
+        """As `open` and `sizes`, each image fetched once. A few files say deep inside that they lie on their side: for
+        such a one the size is the header's, too, so that a sample has one length wherever it is taken."""
+
+        def both(image: bytes | str) -> tuple[Image.Image, Size]:
+            content = fetched(image)
+            return open_image(content), image_size(content)
+
+        pairs = self._each_image(sample, both)
+        return [image for image, _ in pairs], [size for _, size in pairs]
+
+    def encode(self, sample: Sample, prompter: Prompter) -> Encoded:
+        """A sample as token ids. Where the layout of images depends on their sizes, their headers are read.
+
+        Raises:
+            DataError: as `sizes` and `Prompter.encode`; the message names file and row.
+        """
+        sizes = self.sizes(sample) if prompter.layouts is not None else []
+        with self.at(sample.row):
+            return prompter.encode(sample.text, sizes)
 
     def _each_image(self, sample: Sample, what: Callable[[bytes | str], Result]) -> list[Result]:
         with self.at(sample.row):

@@ -105,7 +105,7 @@ def measure(
     for row in rows:
         try:
             sample = source.sample(row)
-            encoded = prompter.encode(sample.text)
+            encoded = source.encode(sample, prompter)
             sizes = source.sizes(sample)[: encoded.images] if headers else []
         except Dropped as error:
             stats.dropped[rule_of(str(error))] += 1
@@ -159,7 +159,7 @@ def summary(measured: Sequence[SourceStats]) -> dict[str, Any]:
 
 
 def outlook(mixture: Mixture, prompter: Prompter, *, seed: int) -> list[dict[str, Any]]:
-    """What each source yields, from a few of its rows: no full scan, and no image is touched."""
+    """What each source yields, from a few of its rows: no full scan; headers of images only where lengths hang on them."""
     pairs = zip(mixture.sources, mixture.shares, strict=True)
     measured = [
         measure(source, choose(source, GLANCE, seed=seed), prompter, share=float(share), headers=False)
@@ -275,7 +275,7 @@ class DrawnLengths:
     def _length(self, sample: int) -> int:
         if sample not in self._known:
             try:
-                self._known[sample] = len(self.prompter.encode(self.mixture.sample(sample).text))
+                self._known[sample] = len(self.mixture.encode(sample, self.prompter))
             except DataError:
                 self._known[sample] = 0
         return self._known[sample]
@@ -294,7 +294,7 @@ def padding(lengths: np.ndarray, batch_size: int) -> float | None:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a sample: words that the loss counts or not, or the visual tokens of one image."""
+    """A stretch of a sample: words that the loss counts or not, or the visual tokens of an image or a tile."""
 
     text: str
     learnt: bool = False
@@ -339,7 +339,7 @@ def _readable(source: Source, rows: Sequence[int], prompter: Prompter) -> Iterat
     for row in rows:
         try:
             sample = source.sample(row)
-            encoded = prompter.encode(sample.text)
+            encoded = source.encode(sample, prompter)
             source.open(sample)
         except DataError:
             continue
@@ -350,14 +350,18 @@ def pieces(encoded: Encoded, prompter: Prompter) -> list[Piece]:
     """A sample's ids as text, special tokens included, in stretches of one kind."""
     found: list[Piece] = []
     place = 0
+    tokens = [layout.tokens for layout in encoded.layouts for _ in range(layout.pieces)]
     for (visual, learnt), group in groupby(zip(encoded.ids == VISUAL, encoded.answer, strict=True), key=tuple):
         count = len(list(group))
         if visual:
-            marker = f"⟨{prompter.visual_tokens} visual tokens⟩"
-            found += [Piece(marker, visual=True)] * (count // prompter.visual_tokens)
+            stop = place + count
+            while place < stop:
+                piece = tokens.pop(0)
+                found.append(Piece(f"⟨{piece} visual tokens⟩", visual=True))
+                place += piece
         else:
             ids = encoded.ids[place : place + count].tolist()
             text = prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             found.append(Piece(text, learnt=bool(learnt)))
-        place += count
+            place += count
     return found

@@ -63,9 +63,11 @@ def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter, *, per_upd
     if samples is None:
         assert stage.budget.tokens is not None
         lengths = []
-        for sample in mixture.readable(mixture.draws(0, 0, min(1000, len(mixture)))):
+        drawn = mixture.draws(0, 0, min(1000, len(mixture))).tolist()
+        next(mixture.readable(drawn))  # raises where none is
+        for row in drawn:
             with contextlib.suppress(DataError):  # left out when its batch comes
-                lengths.append(prompter.encode(sample.text).answers)
+                lengths.append(mixture.encode(row, prompter).answers)
         if not sum(lengths):
             raise DataError(f"stage {stage.name}: its budget is in tokens, and no sample looked at has an answer")
         samples = math.ceil(stage.budget.tokens * len(lengths) / sum(lengths))

@@ -1,0 +1,118 @@
+"""How one image stands in a prompt, by its width and height alone: nothing is decoded, no weights are needed.
+
+    tiles, 2 x 3 and a thumbnail      <1,1>▦<1,2>▦<1,3>▦⏎<2,1>▦<2,2>▦<2,3>▦⏎<whole>▦      ▦: the visual tokens of a piece
+
+The marks are words of the prompt (text tags, as in NVLM, arXiv 2409.11402): they have no parameters, so that a VPG
+takes them along to another LLM.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from vpgtrans.config import ImageConfig
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+Grid = tuple[int, int]
+"""Rows and columns, of tiles or of patches."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One image as pieces of equally many visual tokens: its tiles row by row, then the whole as a thumbnail.
+
+    Attributes:
+        tokens: of a piece. grid: rows and columns of tiles. thumbnail: whether the whole follows.
+        patches: rows and columns of patches of an image in its native size; None: a piece is the encoder's square.
+    """
+
+    tokens: int
+    grid: Grid = (1, 1)
+    thumbnail: bool = False
+    patches: Grid | None = None
+
+    @property
+    def pieces(self) -> int:
+        """How many times the image goes through the VPG."""
+        return math.prod(self.grid) + self.thumbnail
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of the image, its marks not counted."""
+        return self.pieces * self.tokens
+
+    def marked(self) -> Iterator[str]:
+        """The words before each piece; words in front of the next piece begin with the line break after a row."""
+        rows, columns = self.grid
+        if self.pieces == 1:
+            yield ""
+            return
+        for row in range(rows):
+            for column in range(columns):
+                yield ("\n" if row and not column else "") + f"<{row + 1},{column + 1}>"
+        if self.thumbnail:
+            yield "\n<whole>"
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layout of any image, where it depends on the image's size.
+
+    Attributes:
+        image: with fit tiles or native. tokens: of one square. patch: its side in pixels, of an encoder with patches.
+        patches: most of them in an image of native size. tokens_of: visual tokens of a grid of patches.
+    """
+
+    image: ImageConfig
+    tokens: int
+    patch: int
+    patches: int
+    tokens_of: Callable[[Grid], int]
+
+    def __call__(self, size: Size) -> Layout:
+        if self.image.fit == "native":
+            grid = native_grid(size, patch=self.patch, most=self.patches)
+            return Layout(self.tokens_of(grid), patches=grid)
+        grid = tile_grid(size, side=self.image.size, most=self.image.max_tiles or 1)
+        return Layout(self.tokens, grid, thumbnail=bool(self.image.thumbnail) and grid != (1, 1))
+
+    @property
+    def key(self) -> str:
+        """What a sample's length depends on, as one line of text; `name` of the connector's rule included by tokens."""
+        some = [self.tokens_of(grid) for grid in ((1, 1), (2, 3), (7, 4))] if self.image.fit == "native" else []
+        said = [self.image.model_dump(mode="json"), self.tokens, self.patch, self.patches, some]
+        return json.dumps(said, sort_keys=True)
+
+
+@lru_cache(maxsize=1 << 16)
+def tile_grid(size: Size, *, side: int, most: int) -> Grid:
+    """Rows and columns of at most `most` tiles, whose aspect ratio is nearest to the image's (as a quotient).
+
+    Of equally near ones the one that keeps more of the image's pixels, then the one with fewer tiles: a grid is not
+    larger than the image is sharp (InternVL 1.5, arXiv 2404.16821, doubles it from half of its pixels on).
+    """
+    width, height = size
+
+    def rank(grid: Grid) -> tuple[Fraction, int, int, int]:
+        rows, columns = grid
+        wide, high = columns * height, rows * width
+        kept = min(width, columns * side) * min(height, rows * side)
+        return Fraction(max(wide, high), min(wide, high)), -kept, rows * columns, max(grid)
+
+    grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+    return min(grids, key=rank)
+
+
+def native_grid(size: Size, *, patch: int, most: int) -> Grid:
+    """Rows and columns of patches of an image in its own size, rounded; of a larger one, scaled to at most `most`."""
+    width, height = size
+    rows, columns = max(1, round(height / patch)), max(1, round(width / patch))
+    if rows * columns > most:
+        scale = math.sqrt(most / (width * height))
+        rows, columns = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        rows, columns = min(rows, most // min(columns, most)), min(columns, most // min(rows, most))
+    return rows, columns
