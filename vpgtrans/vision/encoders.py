@@ -61,13 +61,16 @@ class Encoder(nn.Module, ABC):
     """Base class.
 
     Attributes:
-        config: complete enough to rebuild the encoder. width: d_enc. patches: N.
+        config: complete enough to rebuild the encoder. width: d_enc. patches: N, of a square of `config.image.size`.
+        patch: side in pixels of one. square: rows and columns of patches of such a square.
         reference_sha256: `weights_sha256()` right after loading the reference, in float32; None if nothing was loaded.
     """
 
     config: EncoderConfig
     width: int
     patches: int
+    patch: int
+    square: tuple[int, int]
     reference_sha256: str | None = None
 
     @abstractmethod
@@ -78,10 +81,18 @@ class Encoder(nn.Module, ABC):
     def load_reference(self) -> None:
         """Load the weights that the config's reference names."""
 
+    @abstractmethod
+    def set_image(self, image: ImageConfig) -> None:
+        """Take images of another size or fit from now on, with the same weights.
+
+        Raises:
+            RecipeError: it can't.
+        """
+
     @property
-    def grid(self) -> Grid | None:
-        """Rows and columns of the patches; None where other tokens (a class token) stand among them."""
-        return (math.isqrt(self.patches),) * 2
+    def grid(self) -> tuple[int, int] | None:
+        """`square`; None where other tokens (a class token) are among the patches."""
+        return self.square if math.prod(self.square) == self.patches else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,6 +133,8 @@ class EfficientNetLite0(Encoder):
             raise ReferenceError_(
                 "the encoder efficientnet-lite0 needs its model code: pip install --no-deps efficientnet-lite-pytorch"
             ) from error
+        self._family = EfficientNet
+        _refuse_native(config)
         # The size fixes the TensorFlow-style "same" padding of every convolution.
         self.model = EfficientNet.from_name("efficientnet-lite0", image_size=config.image.size)
         blocks = len(self.model._blocks)
@@ -130,9 +143,28 @@ class EfficientNetLite0(Encoder):
         self.model._fc = nn.Identity()
         self.model.to(memory_format=torch.channels_last)  # 1.4 to 2 times as fast on a CPU
         self.requires_grad_(False).eval()
+        self._measure()
+
+    def _measure(self) -> None:
+        side = self.config.image.size
         with torch.no_grad():
-            features = self(torch.zeros(1, 3, config.image.size, config.image.size))
+            features = self(torch.zeros(1, 3, side, side, device=next(self.parameters()).device))
         self.patches, self.width = features.shape[1:]
+        self.square = (math.isqrt(self.patches),) * 2
+        self.patch = side // self.square[0]
+
+    def set_image(self, image: ImageConfig) -> None:
+        """A model made for the size, with this one's tensors: exactly what it would have been from the start."""
+        config = self.config.model_copy(update={"image": image})
+        _refuse_native(config)
+        if image.size != self.config.image.size:
+            model = self._family.from_name("efficientnet-lite0", image_size=image.size)
+            model._fc = nn.Identity()
+            model.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)  # an optimizer's tensors stay
+            self.model = model.train(self.model.training).to(memory_format=torch.channels_last)
+            self.config = config
+            self._measure()
+        self.config = config
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] -> features [B, h*w, c], row by row."""
@@ -197,31 +229,56 @@ class HuggingFaceEncoder(Encoder):
         depth = vision.num_hidden_layers
         if not -depth - 1 <= config.layer <= depth:
             raise RecipeError(f"encoder.layer: {config.layer} is none of the {depth + 1} hidden states")
-        parameters = inspect.signature(self.model.forward).parameters
-        resized = config.image.size != side and "interpolate_pos_encoding" in parameters
-        self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if resized else {}
+        self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self._side, self.patch = side, patch
         self._hidden = config.layer != -1 or not config.final_norm
-        self.prefix = self._tokens() - (config.image.size // patch) ** 2
+        self.width = vision.hidden_size
+        self.prefix = self._tokens(side, side) - (side // patch) ** 2
         if self.prefix < 0:
             raise RecipeError(f"encoder: {vision.model_type} merges patches, which is not supported")
-        self.width = vision.hidden_size
-        self.patches = self._tokens() - (self.prefix if config.select == "patch" else 0)
+        self.set_image(config.image)
 
-    @property
-    def grid(self) -> Grid | None:
-        return None if self.config.select == "full" and self.prefix else super().grid
+    def set_image(self, image: ImageConfig) -> None:
+        """Positions are interpolated as the model itself does it, where it can."""
+        side, patch = image.size, self.patch
+        # An image of native size may have any shape; one that is no square shows whether it can.
+        for width in [side] + [side + patch] * (image.fit == "native"):
+            if (side, width) != (self._side, self._side) and not self._takes(side, width):
+                raise RecipeError(
+                    f"encoder: {self.model.config.model_type} takes images of {self._side} x {self._side} pixels, not "
+                    f"of {width} x {side}; right would be that size, or an encoder whose positions can be "
+                    "interpolated (CLIP, SigLIP, ViT, DINOv2)"
+                )
+        self.config = self.config.model_copy(update={"image": image})
+        self.square = (side // patch,) * 2
+        self.patches = math.prod(self.square) + (self.prefix if self.config.select == "full" else 0)
 
-    def _tokens(self) -> int:
+    def _takes(self, height: int, width: int) -> bool:
+        """Whether such an image gives as many tokens as it has patches (and what stands before them)."""
+        if min(height, width) < self.patch:
+            return False
+        try:
+            found = self._tokens(height, width)
+        except (ValueError, RuntimeError):
+            return False
+        return found == self.prefix + (height // self.patch) * (width // self.patch)
+
+    def _tokens(self, height: int, width: int) -> int:
         """Tokens of one image, class and register tokens included: a forward pass that computes nothing."""
-        vision = self.model.config
         with torch.device("meta"):
-            twin = type(self.model)(vision).eval()
-            pixels = torch.empty(1, 3, self.config.image.size, self.config.image.size)
-        return twin(pixel_values=pixels, **self._options).last_hidden_state.shape[1]
+            twin = type(self.model)(self.model.config).eval()
+            pixels = torch.empty(1, 3, height, width)
+        return twin(pixel_values=pixels, **self._options(height, width)).last_hidden_state.shape[1]
+
+    def _options(self, height: int, width: int) -> dict[str, bool]:
+        """Of the model's forward, for images of this size."""
+        resized = (height, width) != (self._side, self._side)
+        return {"interpolate_pos_encoding": True} if resized and self._interpolates else {}
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] -> features [B, N, d_enc]."""
-        output = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=self._hidden, **self._options)
+        """Pixels [B, 3, S, S], or of another height and width, -> features [B, N, d_enc]."""
+        options = self._options(*pixels.shape[-2:])
+        output = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=self._hidden, **options)
         features = output.hidden_states[self.config.layer] if self._hidden else output.last_hidden_state
         return features[:, self.prefix :] if self.config.select == "patch" else features
 
@@ -280,7 +337,10 @@ class ConcatEncoder(Encoder):
                 said = "; ".join(f"{key} is {value}, the first one's {own}" for key, (value, own) in differ.items())
                 raise RecipeError(f"encoder.encoders.{index}.image: {said}; all encoders see one resized image, so "
                                   "right would be the same in both but for mean and std")  # fmt: skip
-        self.patches, self.width = encoders[0].patches, sum(encoder.width for encoder in encoders)
+        if first.fit == "native":
+            self.set_image(first)  # refuses it
+        self.width = sum(encoder.width for encoder in encoders)
+        self._take_first()
         for name in ("mean", "std"):
             values = torch.tensor([getattr(encoder.config.image, name) for encoder in encoders])
             self.register_buffer(name, values[:, :, None, None], persistent=False)
@@ -303,6 +363,33 @@ class ConcatEncoder(Encoder):
         for encoder in self._all:
             encoder.load_reference()
         self.reference_sha256 = self.weights_sha256()
+
+    @property
+    def step(self) -> int:
+        return math.lcm(*(encoder.step for encoder in self._all))
+
+    def set_image(self, image: ImageConfig) -> None:
+        """All of them, each with its own mean and deviation."""
+        if image.fit == "native":
+            raise RecipeError("encoder: concat brings its encoders' patches to one square, so fit: native is not for it; "
+                              "right would be tiles")  # fmt: skip
+        for encoder in self._all:
+            own = encoder.config.image
+            encoder.set_image(image.model_copy(update={"mean": own.mean, "std": own.std}))
+        self.config = ConcatEncoderConfig(encoders=[encoder.config for encoder in self._all])
+        self._take_first()
+
+    def _take_first(self) -> None:
+        first = self._all[0]
+        self.patches, self.patch, self.square = first.patches, first.patch, first.square
+
+
+def _refuse_native(config: EfficientNetLite0Config) -> None:
+    if config.image.fit == "native":
+        raise RecipeError(
+            "encoder: efficientnet-lite0 is built for squares of one size, so fit: native is not for it; right would "
+            "be tiles, or a vision transformer (CLIP, SigLIP, ViT, DINOv2)"
+        )
 
 
 def build(config: EncoderConfig, *, load_weights: bool = True) -> Encoder:

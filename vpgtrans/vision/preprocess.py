@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vpgtrans.config import ImageConfig
 from vpgtrans.errors import DataError, TransferError
+from vpgtrans.layout import Layout
 from vpgtrans.parts import read_object
 
 RESAMPLING = {
@@ -109,8 +110,10 @@ class ImageTransform:
     `scaled` does the arithmetic.
     """
 
-    def __init__(self, config: ImageConfig):
+    def __init__(self, config: ImageConfig, *, patch: int = 1):
+        """patch: its side in pixels, for images in their native size."""
         self.config = config
+        self.patch = patch
         self._mean = torch.tensor(config.mean)[:, None, None]
         self._std = torch.tensor(config.std)[:, None, None]
 
@@ -120,9 +123,25 @@ class ImageTransform:
 
     def levels(self, image: Image.Image) -> Tensor:
         """The resized image as it is, uint8 [3, size, size]."""
-        square = self.square(to_rgb(image, background=self.config.background))
-        # Band by band: Pillow takes them apart four times faster than numpy transposes.
-        return torch.from_numpy(np.stack([np.asarray(band) for band in square.split()]))
+        return _levels(self.square(to_rgb(image, background=self.config.background)))
+
+    def pieces(self, image: Image.Image, layout: Layout) -> Tensor:
+        """What of an image goes through the encoder, uint8 [layout.pieces, 3, h, w]: as many as the layout says,
+        whatever the image's size."""
+        rgb = to_rgb(image, background=self.config.background)
+        filter_, side = RESAMPLING[self.config.resample], self.config.size
+        if layout.patches is not None:
+            rows, columns = layout.patches
+            return _levels(rgb.resize((columns * self.patch, rows * self.patch), filter_))[None]
+        rows, columns = layout.grid
+        pieces = []
+        if rows * columns > 1:
+            whole = _levels(rgb.resize((columns * side, rows * side), filter_))
+            tiles = whole.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+            pieces.append(tiles.reshape(-1, 3, side, side))
+        if layout.thumbnail or rows * columns == 1:
+            pieces.append(_levels(self.square(rgb))[None])
+        return torch.cat(pieces)
 
     def scaled(self, levels: Tensor) -> Tensor:
         """Levels [..., 3, size, size] as pixels, on the device that they are on."""
@@ -139,11 +158,11 @@ class ImageTransform:
         return torch.stack([self(image) for image in images])
 
     def square(self, image: Image.Image) -> Image.Image:
-        """The RGB image resized and cropped or padded to size x size."""
-        size, fit = self.config.size, self.config.fit
+        """The whole RGB image resized and cropped or padded to size x size."""
+        size, fit = self.config.size, self.config.whole or self.config.fit
         filter_ = RESAMPLING[self.config.resample]
         width, height = image.size
-        if fit == "squash":
+        if fit in ("squash", "native"):
             return image.resize((size, size), filter_)
         if fit == "crop":
             if max(width, height) > MAX_ASPECT * min(width, height):
@@ -223,6 +242,12 @@ def _side_and_fit(size: Any, crops: bool, path: Path) -> tuple[int, str]:
         elif size.get("height") is not None and size.get("height") == size.get("width"):
             return int(size["height"]), "squash"
     raise TransferError(f"{path}: size {size} (center crop: {crops}) does not give a square")
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, height, width]."""
+    # Band by band: Pillow takes them apart four times faster than numpy transposes.
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
 
 def _center(image: Image.Image, width: int, height: int) -> Image.Image:
