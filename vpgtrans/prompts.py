@@ -179,7 +179,7 @@ class Prompter:
             TooLong: question and answer together are longer than the LLM takes.
         """
         pieces = self._pieces([*turns, Turn("assistant", "")])
-        ids = self._with_images([token for piece, _ in pieces for token in piece], self._laid_out(turns, sizes))
+        ids = self._with_images([token for piece, _ in pieces for token in piece], self.laid_out(turns, sizes))
         if self.max_tokens is not None and len(ids) + room > self.max_tokens:
             raise TooLong(
                 f"{len(ids)} tokens before an answer of {room}, where {self.max_tokens} are allowed: {TOO_LONG}"
@@ -189,11 +189,11 @@ class Prompter:
     def template(self, text: str, sizes: Sequence[Size] = ()) -> np.ndarray:
         """A template with `<image>` as it stands, int64 [L]; what `write` goes on from."""
         ids = self._with_start([token for piece in self._around_images(text) for token in piece])
-        return self._with_images(ids, self._laid_out([Turn("user", text)], sizes))
+        return self._with_images(ids, self.laid_out([Turn("user", text)], sizes))
 
     # --- images ---------------------------------------------------------------------------------
 
-    def _laid_out(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> tuple[Layout, ...]:
+    def laid_out(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> tuple[Layout, ...]:
         """Of each place of an image.
 
         Raises:
@@ -226,7 +226,7 @@ class Prompter:
 
     def _encode(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> tuple[Encoded, list[tuple[int, int]]]:
         """A whole conversation, and where each of its images begins and ends."""
-        layouts = self._laid_out(turns, sizes)
+        layouts = self.laid_out(turns, sizes)
         ids: list[int] = []
         counts: list[bool] = []
         spans: list[tuple[int, int]] = []

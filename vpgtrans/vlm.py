@@ -20,16 +20,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vpgtrans.config import PromptConfig
+from vpgtrans.config import PromptConfig, ResolutionConfig
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.isolation import Backend, Isolation, isolate, writing
+from vpgtrans.layout import Layout, Layouts, Size
 from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
 from vpgtrans.segments import Segments
 from vpgtrans.token_loss import token_nll
 from vpgtrans.vision.preprocess import open_image
-from vpgtrans.vision.vpg import VPG
+from vpgtrans.vision.vpg import VPG, of_pieces
+
+Picture = Image.Image | str | Path
 
 
 @dataclass
@@ -53,13 +56,21 @@ class Spliced:
 class Splice:
     """Visual prompts among the words of one LLM's prompt. Knows nothing of images."""
 
-    def __init__(self, llm: LanguageModel, prompt: PromptConfig, *, visual_tokens: int):
-        """visual_tokens: of an image."""
+    def __init__(
+        self, llm: LanguageModel, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None = None
+    ):
+        """visual_tokens: of an image; or layouts, where they depend on its size."""
         self.llm = llm
-        self.prompter = Prompter(llm.tokenizer, prompt, visual_tokens=visual_tokens, limit=llm.max_tokens)
+        self.lay_out(prompt, visual_tokens=visual_tokens, layouts=layouts)
         self.both_ways = prompt.image_attention == "bidirectional"
         self.isolation: Isolation | None = None
         """How samples that share a row are kept apart, once it is chosen."""
+
+    def lay_out(self, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None) -> None:
+        """From now on leave as many places for an image; as `__init__`."""
+        self.prompter = Prompter(
+            self.llm.tokenizer, prompt, visual_tokens=visual_tokens, layouts=layouts, limit=self.llm.max_tokens
+        )
 
     def isolate(self, backend: Backend | Literal["auto"] = "auto", *, longest: int | None = None) -> Isolation:
         """Choose how samples that share a row are kept apart, see `isolation.isolate`.
@@ -74,11 +85,10 @@ class Splice:
     def join(self, prompts: Tensor, texts: Sequence[Text | Encoded], *, packed: bool = False) -> Spliced:
         """Visual prompts [n, T, d_llm] of all images of some conversations, in order -> one batch.
 
+        Of images in several pieces or of native size they are [pieces, T, d_llm] or [m, d_llm].
         packed: all of them in one row, see `isolate`; else a row each.
         """
         encoded = [text if isinstance(text, Encoded) else self.prompter.encode(text) for text in texts]
-        if (places := sum(text.images for text in encoded)) != len(prompts):
-            raise ValueError(f"{len(prompts)} images for {places} places in the texts")
         lengths = [len(text) for text in encoded]
         width = sum(lengths) if packed else max(lengths)
         starts = [0, *accumulate(lengths[:-1])] if packed else [row * width for row in range(len(encoded))]
@@ -133,13 +143,13 @@ class Splice:
             yield int(places[image]), int(places[min(image + size, len(places)) - 1]) + 1
 
     def _embed(self, tokens: Tensor, prompts: Tensor) -> Tensor:
-        """Ids [B, L], `VISUAL` where prompts [n, T, d] go in order -> [B, L, d] in the LLM's dtype.
+        """Ids [B, L], `VISUAL` where prompts [n, T, d] or [m, d] go in order -> [B, L, d] in the LLM's dtype.
 
         Raises:
             ValueError: there are more or fewer places than visual tokens; a wrong image would go to every later row.
         """
-        if (places := int((tokens == VISUAL).sum())) != prompts.shape[0] * prompts.shape[1]:
-            raise ValueError(f"{prompts.shape[0]} images of {prompts.shape[1]} tokens for {places} places")
+        if (places := int((tokens == VISUAL).sum())) != prompts.shape[:-1].numel():
+            raise ValueError(f"visual prompts {list(prompts.shape[:-1])} for {places} places")
         visual = tokens == VISUAL
         words = self.llm.embed(tokens.masked_fill(visual, 0))
         if not prompts.numel():
@@ -237,7 +247,12 @@ class VLM(nn.Module):
         self.language_model: nn.Module = llm.model
         self.llm = llm
         self.prompt = prompt
-        self.splice = Splice(llm, prompt, visual_tokens=vpg.tokens)
+        self.splice = Splice(llm, prompt, visual_tokens=vpg.tokens, layouts=vpg.layouts)
+
+    def set_resolution(self, stated: ResolutionConfig) -> None:
+        """See images as `VPG.set_resolution` says, and leave as many places for them."""
+        self.vpg.set_resolution(stated)
+        self.splice.lay_out(self.prompt, visual_tokens=self.vpg.tokens, layouts=self.vpg.layouts)
 
     @property
     def device(self) -> torch.device:
@@ -247,32 +262,42 @@ class VLM(nn.Module):
         """Visual tokens [B, T, d_vpg] -> visual prompts [B, T, d_llm]."""
         return self.projector(visual_tokens)
 
-    def visual_tokens(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
-        """Images -> visual tokens [B, T, d_vpg]."""
-        pixels = torch.stack([self.vpg.transform(open_image(image)) for image in images])
-        first = next(self.vpg.parameters())
-        return self.vpg(pixels.to(first.device, first.dtype))
+    def visual_tokens(self, images: Sequence[Picture], layouts: Sequence[Layout] = ()) -> Tensor:
+        """Images -> visual tokens [B, T, d_vpg]; [pieces, T, d_vpg] or [m, d_vpg] where there are layouts.
 
-    def prompts(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
-        """Images -> visual prompts [B, T, d_llm]; B may be 0."""
+        layouts: of the images, as in the ids that they go among; by their sizes if none are given.
+        """
+        opened = [open_image(image) for image in images]
+        pieces = self.vpg.pieces(opened, layouts or self._laid_out(opened))
+        first = next(self.vpg.parameters())
+        return of_pieces(
+            pieces, lambda some: self.vpg(self.vpg.transform.scaled(some.to(first.device)).to(first.dtype))
+        )
+
+    def prompts(self, images: Sequence[Picture], layouts: Sequence[Layout] = ()) -> Tensor:
+        """Images -> visual prompts [B, T, d_llm], or as `visual_tokens`; B may be 0."""
         if not images:
             return torch.empty(0, self.vpg.tokens, self.llm.width, device=self.device)
-        tokens = self.visual_tokens(images)
+        tokens = self.visual_tokens(images, layouts)
         return self.prompts_from(tokens.to(next(self.projector.parameters()).dtype))
 
-    def question(self, prompt: str | None) -> np.ndarray:
-        """Ids [L] of what stands before an answer about one image, see `generate`."""
+    def _laid_out(self, images: Sequence[Image.Image]) -> list[Layout]:
+        layouts = self.vpg.layouts
+        return [Layout(self.vpg.tokens) if layouts is None else layouts(image.size) for image in images]
+
+    def question(self, prompt: str | None, sizes: Sequence[Size] = ()) -> np.ndarray:
+        """Ids [L] of what stands before an answer about one image, see `generate`; `sizes` as for `Prompter.encode`."""
         prompter = self.splice.prompter
         if prompt is not None and prompt.count(IMAGE) > 1:
             raise DataError(f"{prompt!r} holds {IMAGE} {prompt.count(IMAGE)} times; right would be once, or not at all")
         if prompt is not None and IMAGE in prompt:
-            return prompter.template(prompt)
-        return prompter.question([Turn("user", f"{IMAGE}\n{prompt}" if prompt else IMAGE)])
+            return prompter.template(prompt, sizes)
+        return prompter.question([Turn("user", f"{IMAGE}\n{prompt}" if prompt else IMAGE)], sizes)
 
     @torch.no_grad()
     def generate(
         self,
-        images: Sequence[Image.Image | str | Path],
+        images: Sequence[Picture],
         prompt: str | None = None,
         *,
         max_new_tokens: int = 32,
@@ -293,11 +318,12 @@ class VLM(nn.Module):
             images = [images]
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt is one text for all images, not {type(prompt).__name__}")
-        before = self.question(prompt)
+        self.question(prompt, [(1, 1)])  # a wrong one is found before an image is opened
         texts: list[str] = []
         for start in range(0, len(images), batch_size):
-            prompts = self.prompts(images[start : start + batch_size])
-            texts += self.splice.write(prompts, [before] * len(prompts), max_new_tokens=max_new_tokens, **options)
+            some = [open_image(image) for image in images[start : start + batch_size]]
+            before = [self.question(prompt, [image.size]) for image in some]
+            texts += self.splice.write(self.prompts(some), before, max_new_tokens=max_new_tokens, **options)
         return texts
 
 

@@ -71,7 +71,7 @@ def save_vlm(
     connector_config = {
         "connector": connector.config.model_dump(mode="json"),
         "width_in": encoder.width,
-        "patches": encoder.patches,
+        "patches": connector.patches,
     }
     save_part(temporary / "connector", connector_config, state=connector.state_dict())
     vlm.projector.save(temporary / "projector")
@@ -162,7 +162,10 @@ def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
             f"{directory}: the encoder from {encoder_config.reference} has the hash {encoder.reference_sha256}, "
             f"this VPG was trained with {encoder_written['sha256']}"
         )
-    connector = connectors.build(connector_config, width_in=encoder.width, patches=encoder.patches)
+    made_for = int(connector_written.get("patches", encoder.patches))
+    connector = connectors.build(
+        connector_config, width_in=encoder.width, patches=made_for, grid=encoder.square if made_for != encoder.patches else None
+    )
     load_strict(connector, read_weights(directory / "connector"), where=str(directory / "connector"))
     projector = Projector.load(directory / "projector", dtype=torch.float32)  # stored smaller, computed in float32
     vpg = VPG(encoder, connector).eval().requires_grad_(False)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.sample import Sample
 from vpgtrans.errors import DataError, Dropped
+from vpgtrans.layout import Layout
 from vpgtrans.prompts import Encoded, turns_of
 from vpgtrans.vlm import VLM
 
@@ -42,6 +42,7 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
     for start in range(0, len(rows), _BATCH):
         kept: list[tuple[int, Sample, Encoded, np.ndarray]] = []
         images: list[Image.Image] = []
+        layouts: list[Layout] = []
         for row in rows[start : start + _BATCH]:
             source, index = mixture.locate(row)
             try:
@@ -49,9 +50,9 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
                 turns = turns_of(sample.text)
                 if len(turns) < 2:
                     raise Dropped("a document: nothing to ask")
-                encoded = prompter.encode(turns)
-                before = prompter.question(turns[:-1], room=max_new_tokens)
-                images += source.open(sample)
+                opened, sizes = source.open_sized(sample)
+                encoded = prompter.encode(turns, sizes)
+                before = prompter.question(turns[:-1], sizes, room=max_new_tokens)
             except Dropped:
                 found.dropped += 1
             except DataError as error:
@@ -59,17 +60,16 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
                 found.unreadable += 1
             else:
                 kept.append((row, sample, encoded, before))
+                images += opened
+                layouts += prompter.laid_out(turns, sizes)
         if not kept:
             continue
-        prompts = vlm.prompts(images)
+        prompts = vlm.prompts(images, layouts).flatten(0, -2)
         if with_loss:
             # Of a sample that was cut the images that are left.
-            ends = accumulate(len(sample.images) for _, sample, _, _ in kept)
-            left = [
-                end - len(sample.images) + place
-                for (_, sample, text, _), end in zip(kept, ends, strict=True)
-                for place in range(text.images)
-            ]
+            there = [place < text.images for _, sample, text, _ in kept for place in range(len(sample.images))]
+            visual = torch.tensor([layout.visual for layout in layouts], dtype=torch.long)
+            left = torch.tensor(there, dtype=torch.bool).repeat_interleave(visual).to(prompts.device)
             nll, _ = vlm.splice.token_nll(prompts[left], [encoded for _, _, encoded, _ in kept])
             found.nll += nll.sum().item()
             found.tokens += len(nll)

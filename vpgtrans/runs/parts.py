@@ -20,7 +20,6 @@ from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import pinned, resolve
 from vpgtrans.transfer.connector import TakenOver, exchange
-from vpgtrans.vision import connectors
 from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm import VLM
@@ -148,7 +147,7 @@ def fresh_connector(vpg: VPG, *, seed: int) -> VPG:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        connector = connectors.build(vpg.config.connector, width_in=vpg.encoder.width, patches=vpg.encoder.patches)
+        connector = vpg.fresh_connector()
     for name, buffer in connector.named_buffers():
         buffer.copy_(vpg.connector.get_buffer(name))
     return VPG(vpg.encoder, connector).eval()

@@ -27,10 +27,13 @@ from vpgtrans.progress import track
 from vpgtrans.references import cache_dir
 from vpgtrans.training.workers import Loader, Work
 from vpgtrans.vision.preprocess import ImageTransform
-from vpgtrans.vision.vpg import VPG
+from vpgtrans.vision.vpg import VPG, of_pieces
 
 Level = Literal["pixels", "patches", "tokens"]
 """How far the frozen front reaches: nowhere, through the encoder, through the connector."""
+
+Levels = Tensor | list[Tensor]
+"""Pieces of images [m, 3, S, S], or m of any shapes, or what the frozen front made of them [m, …]."""
 
 _MISSING, _STORED, _UNREADABLE, _WITHOUT = 0, 1, 2, 3
 _LOGGER = logging.getLogger(__name__)
@@ -61,14 +64,16 @@ class FrozenFront:
         self.dtype = dtype
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images -> levels uint8 [B, 3, S, S], patches [B, N, d_enc] or visual tokens [B, T, d_vpg], on the CPU."""
+        """Images as one square each -> levels uint8 [B, 3, S, S], patches [B, N, d_enc] or visual tokens
+        [B, T, d_vpg], on the CPU."""
         return self.of_levels(torch.stack([self.vpg.transform.levels(image) for image in images]))
 
     @torch.no_grad()
-    def of_levels(self, levels: Tensor) -> Tensor:
-        """As `__call__`, from resized images, uint8 [B, 3, S, S]."""
+    def of_levels(self, levels: Levels) -> Levels:
+        """As `__call__`, from resized images, uint8 [B, 3, S, S]; those of native size stay what they are."""
         if self.level == "pixels":
             return levels
+        assert isinstance(levels, Tensor), "the front of a VPG that takes images in their native size is `pixels`"
         parameter = next(self.vpg.encoder.parameters())
         self.vpg.encoder.eval()
         pixels = self.vpg.transform.scaled(levels.to(parameter.device, non_blocking=True))
@@ -78,14 +83,24 @@ class FrozenFront:
             features = self.vpg.connect(features.to(_dtype_of(self.vpg.connector, features.dtype)))
         return features.to("cpu", self.dtype)
 
-    def rest(self, inputs: Tensor) -> Tensor:
-        """From what `__call__` gave to visual tokens [B, T, d_vpg], with gradients; `inputs` on the right device."""
+    def rest(self, inputs: Levels) -> Tensor:
+        """From what `__call__` gave to visual tokens, with gradients; `inputs` on the right device.
+
+        Returns:
+            [B, T, d_vpg]; of images in their native size [m, d_vpg], all of them in order.
+        """
+        if self.level == "pixels":
+            return of_pieces(inputs, self._of_levels)
+        assert isinstance(inputs, Tensor)
         if self.level == "tokens":
             return inputs.float()
-        if self.level == "pixels":
-            pixels = self.vpg.transform.scaled(inputs)
-            inputs = self.vpg.encode(pixels.to(_dtype_of(self.vpg.encoder, pixels.dtype)))
         return self.vpg.connect(inputs.to(_dtype_of(self.vpg.connector, torch.float32)))
+
+    def _of_levels(self, levels: Tensor) -> Tensor:
+        pixels = self.vpg.transform.scaled(levels)
+        features = self.vpg.encode(pixels.to(_dtype_of(self.vpg.encoder, pixels.dtype)))
+        grid = self.vpg.grid_of(levels)
+        return self.vpg.connect(features.to(_dtype_of(self.vpg.connector, torch.float32)), grid)
 
     def key(self) -> str:
         """sha256 over the frozen weights, their configs, the preprocessing and the stored dtype."""

@@ -95,6 +95,11 @@ class Encoder(nn.Module, ABC):
         return self.square if math.prod(self.square) == self.patches else None
 
     @property
+    def step(self) -> int:
+        """Sides of images are multiples of this many pixels."""
+        return self.patch
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(self.parameters()).dtype
@@ -152,6 +157,10 @@ class EfficientNetLite0(Encoder):
         self.patches, self.width = features.shape[1:]
         self.square = (math.isqrt(self.patches),) * 2
         self.patch = side // self.square[0]
+
+    @property
+    def step(self) -> int:
+        return 1  # its padding is made for any size
 
     def set_image(self, image: ImageConfig) -> None:
         """A model made for the size, with this one's tensors: exactly what it would have been from the start."""

@@ -36,13 +36,15 @@ _KINDS: dict[str, Callable[..., Connector]] = {
 }
 
 
-def build(config: ConnectorConfig, *, width_in: int, patches: int) -> Connector:
+def build(config: ConnectorConfig, *, width_in: int, patches: int, grid: Grid | None = None) -> Connector:
     """A connector with random weights for an encoder of `width_in` channels and `patches` patches an image.
+
+    grid: rows and columns of the patches that will come in, where these are others than it is made for.
 
     Raises:
         RecipeError: the config asks for more tokens than there are, or for a grid where there is none.
     """
     fields: dict[str, Any] = {"width_in": width_in, "patches": patches}
     connector = _KINDS[config.kind](config, **fields)
-    connector.limit(config.limit)
+    connector.limit(config.limit, grid=grid)
     return connector

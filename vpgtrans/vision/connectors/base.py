@@ -73,8 +73,10 @@ class Connector(nn.Module, ABC):
         """Whether patches must stand in rows and columns, without a class token among them."""
         return False
 
-    def limit(self, tokens: int | None) -> None:
+    def limit(self, tokens: int | None, *, grid: Grid | None = None) -> None:
         """From now on an image gets only `tokens` visual tokens; None: all there are. It is saved with the connector.
+
+        grid: of the patches that come in, as in `forward`.
 
         Raises:
             RecipeError: there can't be so many.
@@ -83,10 +85,9 @@ class Connector(nn.Module, ABC):
         self.config = before.model_copy(update={"limit": tokens})
         try:
             self.check_grid(there=self.grid is not None)
-            if tokens is not None and self.tokens != tokens:
-                raise RecipeError(
-                    f"connector: {before.kind} can't give {tokens} visual tokens; right would be {self._possible()}"
-                )
+            if tokens is not None and self.tokens_of(grid) != tokens:
+                right = self._possible(grid)
+                raise RecipeError(f"connector: {before.kind} can't give {tokens} visual tokens; right would be {right}")
         except RecipeError:
             self.config = before
             raise
@@ -101,8 +102,8 @@ class Connector(nn.Module, ABC):
             )
 
     @abstractmethod
-    def _possible(self) -> str:
-        """The limits that can be set, in words."""
+    def _possible(self, grid: Grid | None) -> str:
+        """The limits that can be set where patches stand in `grid`, in words."""
 
     @torch.no_grad()
     def measure(self, features: Tensor) -> None:

@@ -50,8 +50,9 @@ class GridConnector(Connector):
     def needs_grid(self) -> bool:
         return True
 
-    def _possible(self) -> str:
-        return possible(self.square, self.whole(self.square))
+    def _possible(self, grid: Grid | None) -> str:
+        grid = grid or self.square
+        return possible(grid, self.whole(grid))
 
 
 def possible(grid: Grid, most: Grid) -> str:

@@ -40,7 +40,7 @@ class QueryConnector(Connector):
     def tokens_of(self, grid: Grid | None = None) -> int:
         return min(self.config.queries, self.config.limit or self.config.queries)
 
-    def _possible(self) -> str:
+    def _possible(self, grid: Grid | None) -> str:
         return f"at most the number of queries, {self.config.queries}"
 
     def asking(self, features: Tensor) -> Tensor:
