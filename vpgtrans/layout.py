@@ -81,6 +81,12 @@ class Layouts:
         return Layout(self.tokens, grid, thumbnail=bool(self.image.thumbnail) and grid != (1, 1))
 
     @property
+    def most_pieces(self) -> int:
+        """Of any image."""
+        most = self.image.max_tiles or 1
+        return most + (most > 1 and bool(self.image.thumbnail))
+
+    @property
     def key(self) -> str:
         """What a sample's length depends on, as one line of text; `name` of the connector's rule included by tokens."""
         some = [self.tokens_of(grid) for grid in ((1, 1), (2, 3), (7, 4))] if self.image.fit == "native" else []

@@ -33,6 +33,7 @@ from vpgtrans.config import (
     Part,
     ProjectorConfig,
     PromptConfig,
+    ResolutionConfig,
     VPGConfig,
 )
 from vpgtrans.data.config import DataSource, PackingConfig
@@ -147,6 +148,11 @@ class Stage(Config):
     """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen."""
     augment: bool = Field(default_factory=lambda stage: bool(_trained(stage) & {"encoder", "connector"}))
     """Whether `data.augment` holds in this stage. Default: true where encoder or connector train."""
+    visual_tokens: PositiveInt | None = None
+    """Of an image, or of each of its tiles, in this stage; null: as `resolution` says, else as many as the VPG gives.
+    First few, then many: a cheap warm-up and a sharp fine-tune. What is saved sees as the last stage did."""
+    image_size: PositiveInt | None = None
+    """Side in pixels of what the encoder sees in this stage; null: as `resolution` says, else the VPG's own."""
     validate_every: PositiveInt | None = None
     """Samples between validations; None: ten times in the stage."""
 
@@ -232,6 +238,8 @@ class Recipe(Config):
     target: TargetConfig
     initialiser: InitialiserConfig = InitialiserConfig()
     """A bare string is short for `{kind: STRING}`."""
+    resolution: ResolutionConfig = ResolutionConfig()
+    """How finely images are seen, where it is to be another way than the VPG states; stages may differ."""
     prompt: PromptConfig | None = None
     """Keys that are left out are the source's own, or the defaults where it has none; a run writes all of them out."""
     data: DataConfig
@@ -248,6 +256,11 @@ class Recipe(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {', '.join(twice)}; every stage needs its own name")
         return stages
+
+    def resolution_of(self, stage: Stage) -> ResolutionConfig:
+        """How images are seen in a stage."""
+        own = {"visual_tokens": stage.visual_tokens, "image_size": stage.image_size}
+        return self.resolution.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     def augmentation(self, stage: Stage) -> AugmentConfig | None:
         """How training images are augmented in a stage: both the data and the stage must say so."""
@@ -276,6 +289,21 @@ class Recipe(Config):
             if stage.lora != lora[0].lora:
                 raise ValueError(
                     f"stage {stage.name}: its lora differs from that of stage {lora[0].name}; both train one adapter"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _words_of_one_square(self) -> "Recipe":
+        for stage in self.stages:
+            if "words" in stage.losses and self.resolution.fit in ("tiles", "native"):
+                raise ValueError(
+                    f"stage {stage.name}: losses.words puts a caption's words on the prompts of one square; it does "
+                    f"not go with resolution.fit: {self.resolution.fit}"
+                )
+            if stage.cache_features is True and self.resolution.fit == "native":
+                raise ValueError(
+                    f"stage {stage.name}: cache_features: true needs images of one shape; it does not go with "
+                    "resolution.fit: native"
                 )
         return self
 

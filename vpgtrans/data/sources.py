@@ -118,10 +118,18 @@ class Source:
         Raises:
             DataError: it can't be read, with file and row. Dropped: there is none, or there are several.
         """
+        return self.open(self._of_one_image(row))[0]
+
+    def sized(self, row: int) -> tuple[Image.Image, Size]:
+        """As `image`, with its size as `sizes` tells it."""
+        images, sizes = self.open_sized(self._of_one_image(row))
+        return images[0], sizes[0]
+
+    def _of_one_image(self, row: int) -> Sample:
         sample = self.sample(row)
         if len(sample.images) != 1:
             raise Dropped(f"{self.rows.where(row)}: {len(sample.images)} images")
-        return self.open(sample)[0]
+        return sample
 
     def open(self, sample: Sample) -> list[Image.Image]:
         """The images of a sample, decoded: RGB or RGBA.

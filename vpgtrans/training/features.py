@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from vpgtrans.errors import DataError, Dropped
+from vpgtrans.layout import Size
 from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
 from vpgtrans.references import cache_dir
 from vpgtrans.training.workers import Loader, Work
-from vpgtrans.vision.preprocess import ImageTransform
 from vpgtrans.vision.vpg import VPG, of_pieces
 
 Level = Literal["pixels", "patches", "tokens"]
@@ -50,6 +50,9 @@ class Images(Protocol):
     def id(self, row: int) -> str: ...
 
     def image(self, row: int) -> Image.Image: ...
+
+    def sized(self, row: int) -> tuple[Image.Image, Size]:
+        """An image, and the width and height by which it is laid out."""
 
     def reopen(self) -> None:
         """In a process that was forked, see `Rows.reopen`."""
@@ -115,9 +118,10 @@ class FrozenFront:
 
 @dataclass
 class _Decoded:
-    """Some images, read and resized: levels uint8 [len(rows), 3, S, S]; those that have none, and the unreadable."""
+    """Some images, read and resized: levels uint8 [sum of pieces, 3, S, S]; those that have none, and the unreadable."""
 
     rows: list[int]
+    pieces: list[int]
     levels: Tensor
     without: list[int]
     reasons: dict[int, str]
@@ -126,9 +130,10 @@ class _Decoded:
 class _Decoding(Work[_Decoded]):
     """Given rows, `size` at a time."""
 
-    def __init__(self, images: Images, transform: ImageTransform, rows: Sequence[int], size: int):
+    def __init__(self, images: Images, vpg: VPG, rows: Sequence[int], size: int):
         self.images = images
-        self.transform = transform
+        self.transform = vpg.transform
+        self.layouts = vpg.layouts
         self.rows = rows
         self.size = size
 
@@ -139,18 +144,25 @@ class _Decoding(Work[_Decoded]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         levels: list[Tensor] = []
-        found = _Decoded([], torch.empty(0), [], {})
+        found = _Decoded([], [], torch.empty(0), [], {})
         for row in self.rows[number * self.size : (number + 1) * self.size]:
             try:
-                levels.append(self.transform.levels(self.images.image(row)))
+                levels.append(self._pieces(row))
                 found.rows.append(row)
+                found.pieces.append(len(levels[-1]))
             except Dropped:
                 found.without.append(row)
             except DataError as error:
                 found.reasons[row] = str(error)
         if levels:
-            found.levels = torch.stack(levels)
+            found.levels = torch.cat(levels)
         return found
+
+    def _pieces(self, row: int) -> Tensor:
+        if self.layouts is None:
+            return self.transform.levels(self.images.image(row))[None]
+        image, size = self.images.sized(row)
+        return self.transform.pieces(image, self.layouts(size))
 
     def begin(self) -> None:
         self.images.reopen()
@@ -158,6 +170,9 @@ class _Decoding(Work[_Decoded]):
 
 class FeatureCache:
     """A memory-mapped array of one row an image, filled as rows are asked for.
+
+    Where images are cut into tiles it has as many rows an image as that can be; those that stay empty take no room on
+    the disk, because the file is sparse, and how many were filled is kept beside it.
 
     A row's flag is written after the row itself has reached the disk, so a killed process leaves no half row that is
     taken for whole. Unreadable images are tried again by the next run.
@@ -168,8 +183,11 @@ class FeatureCache:
         self.front = front
         key = hashlib.sha256(f"{front.key()} {images.fingerprint}".encode()).hexdigest()[:32]
         self.directory = (directory or cache_dir() / "features") / key
+        layouts = front.vpg.layouts
+        self._most = 1 if layouts is None else layouts.most_pieces
         self._reasons: dict[int, str] = {}
         self._array: np.memmap | None = None
+        self._known_counts: np.memmap | None = None
 
     def ensure(
         self,
@@ -193,7 +211,7 @@ class FeatureCache:
             if not todo:
                 return
             _LOGGER.info("computing %s of %d images into %s", title, len(todo), self.directory)
-            decoding = _Decoding(self.images, self.front.vpg.transform, todo, batch_size)
+            decoding = _Decoding(self.images, self.front.vpg, todo, batch_size)
             loader = Loader(decoding, workers=workers)
             try:
                 for decoded in track(loader, title, total=len(decoding)):
@@ -208,20 +226,42 @@ class FeatureCache:
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), ...] in the stored dtype; the rows must have been ensured and be readable."""
+        return self._at(np.array(rows, dtype=np.int64) * self._most)
+
+    def pieces(self, row: int, count: int) -> Tensor:
+        """The pieces of one image, [count, …].
+
+        Raises:
+            DataError: it had another number when they were computed, so it is not the same image.
+        """
+        if self._most > 1 and (there := int(self._counts()[row])) != count:
+            raise DataError(
+                f"{self.images.id(row)}: has {count} tiles now and had {there} when its features were computed; "
+                f"delete {self.directory}"
+            )
+        return self._at(row * self._most + np.arange(count))
+
+    def _at(self, places: np.ndarray) -> Tensor:
         if self._array is None:
             self._data(torch.Size(json.loads((self.directory / "shape.json").read_text())))
         assert self._array is not None
-        array = self._array[list(rows)]
-        return torch.from_numpy(np.ascontiguousarray(array)).view(self.front.dtype)
+        return torch.from_numpy(np.ascontiguousarray(self._array[places])).view(self.front.dtype)
 
     # --- files ----------------------------------------------------------------------------------
 
     def _store(self, decoded: "_Decoded", flags: np.memmap) -> None:
         if decoded.rows:
             features = self.front.of_levels(decoded.levels)
+            assert isinstance(features, Tensor)
             data = self._data(features.shape[1:])
-            data[decoded.rows] = features.view(_STORAGE[features.dtype]).numpy()
+            firsts = np.repeat(np.array(decoded.rows) * self._most, decoded.pieces)
+            places = firsts + np.concatenate([np.arange(count) for count in decoded.pieces])
+            data[places] = features.view(_STORAGE[features.dtype]).numpy()
             data.flush()
+            if self._most > 1:
+                counts = self._counts()
+                counts[decoded.rows] = decoded.pieces
+                counts.flush()
             flags[decoded.rows] = _STORED
         flags[decoded.without] = _WITHOUT
         if decoded.reasons:
@@ -230,14 +270,23 @@ class FeatureCache:
         flags.flush()
 
     def _flags(self) -> np.memmap:
-        path = self.directory / "flags.u8"
-        if not path.exists():
-            self._write(path.name, bytes(len(self.images)))
-        return np.memmap(path, dtype=np.uint8, mode="r+", shape=(len(self.images),))
+        return self._one_each("flags.u8", np.uint8)
+
+    def _counts(self) -> np.memmap:
+        """Pieces of each image that is stored."""
+        if self._known_counts is None:
+            self._known_counts = self._one_each("pieces.u16", np.uint16)
+        return self._known_counts
+
+    def _one_each(self, name: str, kind: type[np.unsignedinteger]) -> np.memmap:
+        """A number of each image, zeros at first."""
+        if not (self.directory / name).exists():
+            self._write(name, bytes(len(self.images) * np.dtype(kind).itemsize))
+        return np.memmap(self.directory / name, dtype=kind, mode="r+", shape=(len(self.images),))
 
     def _data(self, row_shape: torch.Size) -> np.memmap:
         if self._array is None:
-            path, shape = self.directory / "rows.bin", (len(self.images), *row_shape)
+            path, shape = self.directory / "rows.bin", (len(self.images) * self._most, *row_shape)
             kind = np.dtype(_NUMPY[self.front.dtype])
             made = path.exists() and path.stat().st_size == math.prod(shape) * kind.itemsize
             if not made:

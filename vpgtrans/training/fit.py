@@ -42,10 +42,13 @@ VOCABULARY_SAMPLES = 100_000
 """Training samples whose words the `words` objective tells apart, where there are more."""
 
 
-def boundary(stage: Stage, augmentation: AugmentConfig | None) -> tuple[Level, bool]:
-    """How far the frozen front of a stage reaches, and whether its output is cached."""
+def boundary(stage: Stage, augmentation: AugmentConfig | None, *, native: bool = False) -> tuple[Level, bool]:
+    """How far the frozen front of a stage reaches, and whether its output is cached.
+
+    native: images come in their own shapes, for which a cache has no rows.
+    """
     always_new = augmentation is not None and augmentation.views is None
-    if always_new or stage.trainable["encoder"] != "frozen":
+    if native or always_new or stage.trainable["encoder"] != "frozen":
         return "pixels", False
     level: Level = "tokens" if stage.trainable["connector"] == "frozen" else "patches"
     return level, stage.cache_features is not False
@@ -208,9 +211,12 @@ class StageRun:
         self.changed = changed
         self.stop = stop or StopSignals()
         self.bad = bad
+        vlm.set_resolution(recipe.resolution_of(stage))
         prompter = vlm.splice.prompter
         augment = recipe.augmentation(stage)
-        level, cached = boundary(stage, augment)
+        level, cached = boundary(stage, augment, native=vlm.vpg.native)
+        if vlm.vpg.native and stage.trainable["encoder"] == "frozen":
+            _LOGGER.info("%s: images of native size go through the encoder each time; nothing is cached", stage.name)
         front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
         workers = data_workers(recipe, vlm.device)
         samples = Samples(

@@ -17,8 +17,9 @@ from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError, Dropped, TrainingError
+from vpgtrans.layout import Size
 from vpgtrans.prompts import Encoded, Prompter, Text
-from vpgtrans.training.features import FeatureCache, FrozenFront, Images
+from vpgtrans.training.features import FeatureCache, FrozenFront, Images, Levels
 from vpgtrans.vision.augment import random_view
 from vpgtrans.vision.preprocess import Color
 
@@ -29,8 +30,8 @@ class Batch:
 
     Attributes:
         ids: sample ids. texts: what they say. encoded: the same as token ids.
-        inputs: [n, …] of all their images in order, by the level of the frozen front: resized images, patches or visual
-            tokens.
+        inputs: [n, …] of all their images' pieces in order, by the level of the frozen front: resized images, patches
+            or visual tokens; a list where images have their native size.
         skipped: ids of the samples that are left out, because they can't be read or by a rule; B may be 0.
         packs: of each sample the number of its pack, in order; None where each has a row. A part is one pack.
     """
@@ -38,7 +39,7 @@ class Batch:
     ids: list[str]
     texts: list[Text]
     encoded: list[Encoded]
-    inputs: Tensor
+    inputs: Levels
     skipped: list[str] = field(default_factory=list)
     packs: list[int] | None = None
 
@@ -46,7 +47,7 @@ class Batch:
         return len(self.ids)
 
     def part(self, start: int, stop: int) -> "Batch":
-        ends = [0, *accumulate(text.images for text in self.encoded)]
+        ends = [0, *accumulate(text.pieces for text in self.encoded)]
         images = slice(ends[min(start, len(self))], ends[min(stop, len(self))])
         own = slice(start, stop)
         packs = None if self.packs is None else self.packs[own]
@@ -76,7 +77,9 @@ class Batch:
         return replace(self, packs=packs)
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, inputs=self.inputs.to(device, non_blocking=True))
+        if isinstance(self.inputs, Tensor):
+            return replace(self, inputs=self.inputs.to(device, non_blocking=True))
+        return replace(self, inputs=[piece.to(device, non_blocking=True) for piece in self.inputs])
 
     @property
     def answer_tokens(self) -> int:
@@ -196,6 +199,10 @@ class View:
     def image(self, row: int) -> Image.Image:
         return augmented(self.source.image(row), self.config, self.number, row, background=self.background)
 
+    def sized(self, row: int) -> tuple[Image.Image, Size]:
+        image, size = self.source.sized(row)
+        return augmented(image, self.config, self.number, row, background=self.background), size
+
     def reopen(self) -> None:
         self.source.reopen()
 
@@ -216,18 +223,20 @@ class Loaded:
     texts: list[Text]
     encoded: list[Encoded]
     rows: Tensor
-    """[m, …] of the images that are cached, in order."""
-    levels: Tensor
+    """[m, …] of the pieces of images that are cached, in order."""
+    levels: Levels
     """uint8 [n, 3, S, S] of the others, in order: what goes through shared memory is a quarter of their pixels."""
     cached: list[bool]
-    """Of each image, whether it is among `rows`."""
+    """Of each piece, whether it is among `rows`."""
     unreadable: list[Unreadable]
     packs: list[int] | None = None
     """See `Batch`."""
 
     def pin_memory(self) -> "Loaded":
         """torch's loader calls this where the batch goes to a GPU."""
-        return replace(self, rows=self.rows.pin_memory(), levels=self.levels.pin_memory())
+        several = isinstance(self.levels, list)
+        levels = [level.pin_memory() for level in self.levels] if several else self.levels.pin_memory()
+        return replace(self, rows=self.rows.pin_memory(), levels=levels)
 
 
 class Samples:
@@ -329,9 +338,14 @@ class Samples:
         for place, (source, row, view) in enumerate(self._places(rows, positions)):
             try:
                 sample = source.sample(row)
-                with source.at(row):
-                    encoded = self.prompter.encode(sample.text)
-                found, new = self._images(source, sample, row, view, count=encoded.images)
+                images: list[Image.Image] | None = None
+                if self.prompter.layouts is None or self._has_row(source, sample):
+                    encoded = source.encode(sample, self.prompter)
+                else:
+                    images, sizes = source.open_sized(sample)
+                    with source.at(row):
+                        encoded = self.prompter.encode(sample.text, sizes)
+                found, new = self._images(source, sample, row, view, encoded=encoded, images=images)
             except DataError as error:
                 dropped = isinstance(error, Dropped)
                 key = self.role, int(rows[place])
@@ -340,7 +354,7 @@ class Samples:
             kept.append(place)
             stored += found
             levels += new
-            cached += [True] * len(found) + [False] * len(new)
+            cached += [bool(found)] * encoded.pieces
             ids.append(sample.id)
             texts.append(sample.text)
             encodings.append(encoded)
@@ -348,8 +362,8 @@ class Samples:
             ids,
             texts,
             encodings,
-            torch.stack(stored) if stored else torch.empty(0),
-            torch.stack(levels) if levels else torch.empty(0),
+            torch.cat(stored) if stored else torch.empty(0),
+            self._together(levels),
             cached,
             unreadable,
             packs=None if packs is None else [int(packs[place]) for place in kept],
@@ -373,13 +387,13 @@ class Samples:
             TrainingError: too many unreadable samples.
         """
         self.bad.note(loaded.unreadable, seen=seen)
-        inputs = loaded.rows
+        inputs: Levels = loaded.rows
         if len(loaded.levels):
             new = self.front.of_levels(loaded.levels)
-            if len(inputs):
+            if len(inputs) and isinstance(new, Tensor):
                 order = torch.tensor(loaded.cached)
                 both = new.new_empty((len(order), *new.shape[1:]))
-                both[order], both[~order] = inputs.to(new.dtype), new
+                both[order], both[~order] = loaded.rows.to(new.dtype), new
                 inputs = both
             else:
                 inputs = new
@@ -393,23 +407,43 @@ class Samples:
         )
 
     def _images(
-        self, source: Source, sample: Sample, row: int, view: int, *, count: int
+        self,
+        source: Source,
+        sample: Sample,
+        row: int,
+        view: int,
+        *,
+        encoded: Encoded,
+        images: list[Image.Image] | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the first `count` images of a sample the cached rows, or the resized images."""
-        if not count:
+        """Of the images that are in the text the cached rows, or the resized pieces, [pieces, …] an image.
+
+        images: of the sample, if they are open.
+        """
+        if not encoded.images:
             return [], []
-        if self._is_cached(source) and len(sample.images) == 1:
+        if self._has_row(source, sample):
             cache = self._cache(source, view)
             if problems := cache.unreadable([row]):
                 raise DataError(problems[row])
-            return [cache[[row]][0]], []
-        images = source.open(sample)[:count]
+            return [cache.pieces(row, encoded.pieces)], []
+        images = (source.open(sample) if images is None else images)[: encoded.images]
         if view and self.augment is not None:
             images = [
                 augmented(image, self.augment, view, row, background=self._background, place=place)
                 for place, image in enumerate(images)
             ]
-        return [], [self.front.vpg.transform.levels(image) for image in images]
+        transform = self.front.vpg.transform
+        return [], [transform.pieces(image, layout) for image, layout in zip(images, encoded.layouts, strict=True)]
+
+    def _together(self, levels: Sequence[Tensor]) -> Levels:
+        """Pieces of several images as one tensor, or as a list where they have their own shapes."""
+        if self.front.vpg.native:
+            return [piece for pieces in levels for piece in pieces]
+        return torch.cat(list(levels)) if levels else torch.empty(0)
+
+    def _has_row(self, source: Source, sample: Sample) -> bool:
+        return self._is_cached(source) and len(sample.images) == 1
 
     def _places(self, rows: Sequence[int], positions: Sequence[int] | None) -> Iterator[tuple[Source, int, int]]:
         """Source, row in it, and number of the view (0: the image as it is) of each row of the mixture."""
