@@ -1,6 +1,6 @@
 """How one image stands in a prompt, by its width and height alone: nothing is decoded, no weights are needed.
 
-    tiles, 2 x 3 and a thumbnail      <1,1>▦<1,2>▦<1,3>▦⏎<2,1>▦<2,2>▦<2,3>▦⏎<whole>▦      ▦: the visual tokens of a piece
+    2 x 3 tiles, a thumbnail    <1,1>▦<1,2>▦<1,3>▦⏎<2,1>▦<2,2>▦<2,3>▦⏎<whole>▦    ▦: the visual tokens of a piece
 
 The marks are words of the prompt (text tags, as in NVLM, arXiv 2409.11402): they have no parameters, so that a VPG
 takes them along to another LLM.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from vpgtrans.config import ImageConfig
 
@@ -88,9 +89,13 @@ class Layouts:
 
     @property
     def key(self) -> str:
-        """What a sample's length depends on, as one line of text; `name` of the connector's rule included by tokens."""
-        some = [self.tokens_of(grid) for grid in ((1, 1), (2, 3), (7, 4))] if self.image.fit == "native" else []
-        said = [self.image.model_dump(mode="json"), self.tokens, self.patch, self.patches, some]
+        """What a sample's length depends on, as one line of text."""
+        said: list[Any] = [self.image.model_dump(mode="json"), self.tokens]
+        if self.image.fit == "native":
+            grids = [
+                (rows, columns) for rows in range(1, self.patches + 1) for columns in range(1, self.patches // rows + 1)
+            ]
+            said += [self.patch, self.patches, [self.tokens_of(grid) for grid in grids]]
         return json.dumps(said, sort_keys=True)
 
 

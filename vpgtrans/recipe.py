@@ -293,21 +293,6 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _words_of_one_square(self) -> "Recipe":
-        for stage in self.stages:
-            if "words" in stage.losses and self.resolution.fit in ("tiles", "native"):
-                raise ValueError(
-                    f"stage {stage.name}: losses.words puts a caption's words on the prompts of one square; it does "
-                    f"not go with resolution.fit: {self.resolution.fit}"
-                )
-            if stage.cache_features is True and self.resolution.fit == "native":
-                raise ValueError(
-                    f"stage {stage.name}: cache_features: true needs images of one shape; it does not go with "
-                    "resolution.fit: native"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _cacheable(self) -> "Recipe":
         for stage in self.stages:
             augmentation = self.augmentation(stage)

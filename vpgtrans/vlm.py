@@ -56,9 +56,7 @@ class Spliced:
 class Splice:
     """Visual prompts among the words of one LLM's prompt. Knows nothing of images."""
 
-    def __init__(
-        self, llm: LanguageModel, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None = None
-    ):
+    def __init__(self, llm: LanguageModel, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None = None):
         """visual_tokens: of an image; or layouts, where they depend on its size."""
         self.llm = llm
         self.lay_out(prompt, visual_tokens=visual_tokens, layouts=layouts)

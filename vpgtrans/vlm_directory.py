@@ -164,7 +164,10 @@ def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
         )
     made_for = int(connector_written.get("patches", encoder.patches))
     connector = connectors.build(
-        connector_config, width_in=encoder.width, patches=made_for, grid=encoder.square if made_for != encoder.patches else None
+        connector_config,
+        width_in=encoder.width,
+        patches=made_for,
+        grid=encoder.square if made_for != encoder.patches else None,
     )
     load_strict(connector, read_weights(directory / "connector"), where=str(directory / "connector"))
     projector = Projector.load(directory / "projector", dtype=torch.float32)  # stored smaller, computed in float32

@@ -159,7 +159,7 @@ def summary(measured: Sequence[SourceStats]) -> dict[str, Any]:
 
 
 def outlook(mixture: Mixture, prompter: Prompter, *, seed: int) -> list[dict[str, Any]]:
-    """What each source yields, from a few of its rows: no full scan; headers of images only where lengths hang on them."""
+    """What each source yields, from a few of its rows: no full scan. No image is touched, or its header alone."""
     pairs = zip(mixture.sources, mixture.shares, strict=True)
     measured = [
         measure(source, choose(source, GLANCE, seed=seed), prompter, share=float(share), headers=False)

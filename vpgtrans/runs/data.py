@@ -1,5 +1,6 @@
 """`data stats`: what a recipe's data holds, as the recipe's target sees it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def data_stats(
     if html is not None and not html.parent.is_dir():
         raise OutputError(f"{html}: there is no directory {html.parent}")
     train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
-    prompter = open_prompter(recipe)
+    prompters = open_prompters(recipe)
+    prompter = prompters[-1]
     measured = _measure(train, prompter, samples, seed=recipe.seed, title="train")
     held_out = _measure(validation, prompter, samples, seed=recipe.seed, title="validation")
     found: dict[str, Any] = {
@@ -50,7 +52,7 @@ def data_stats(
         "samples": samples,
         "train": stats.summary(measured),
         "validation": stats.summary(held_out),
-        "padding": _padding(recipe, train, prompter, samples),
+        "padding": _padding(recipe, train, prompters, samples),
     }
     if html is not None:
         pictured = stats.show(measured, prompter, max(show, PICTURED), seed=recipe.seed)
@@ -60,15 +62,23 @@ def data_stats(
 
 
 def open_prompter(recipe: Recipe) -> Prompter:
-    """What a run of the recipe makes token ids with; neither the LLM nor an encoder is loaded."""
+    """What the last stage of a recipe makes token ids with; neither the LLM nor an encoder is loaded."""
+    return open_prompters(recipe)[-1]
+
+
+def open_prompters(recipe: Recipe) -> list[Prompter]:
+    """As `open_prompter`, of every stage: they may see images differently."""
     outline = outline_of(recipe)
     trust = recipe.target.trust_remote_code
-    return Prompter(
-        open_tokenizer(recipe.target.llm, trust_remote_code=trust),
-        prompt_of(recipe, outline.prompt),
-        visual_tokens=outline.visual_tokens,
-        limit=max_tokens_of(open_config(recipe.target.llm, trust_remote_code=trust)),
-    )
+    tokenizer = open_tokenizer(recipe.target.llm, trust_remote_code=trust)
+    limit = max_tokens_of(open_config(recipe.target.llm, trust_remote_code=trust))
+    prompt = prompt_of(recipe, outline.prompt)
+    prompters: list[Prompter] = []
+    for stage in recipe.stages:
+        outline.vpg.set_resolution(recipe.resolution_of(stage))
+        tokens, layouts = outline.vpg.tokens, outline.vpg.layouts
+        prompters.append(Prompter(tokenizer, prompt, visual_tokens=tokens, layouts=layouts, limit=limit))
+    return prompters
 
 
 def _measure(mixture: Mixture, prompter: Prompter, samples: int | None, *, seed: int, title: str) -> list[SourceStats]:
@@ -81,11 +91,16 @@ def _measure(mixture: Mixture, prompter: Prompter, samples: int | None, *, seed:
         ]
 
 
-def _padding(recipe: Recipe, train: Mixture, prompter: Prompter, samples: int | None) -> list[dict[str, Any]]:
+def _padding(
+    recipe: Recipe, train: Mixture, prompters: Sequence[Prompter], samples: int | None
+) -> list[dict[str, Any]]:
     """Of every stage, on the first samples that it draws."""
-    lengths_of = stats.DrawnLengths(train, prompter, seed=recipe.seed)
     rows, first = [], 0
-    for stage in recipe.stages:
+    known: list[stats.DrawnLengths] = []
+    for stage, prompter in zip(recipe.stages, prompters, strict=True):
+        if not known or recipe.resolution_of(stage) != recipe.resolution_of(recipe.stages[len(rows) - 1]):
+            known.append(stats.DrawnLengths(train, prompter, seed=recipe.seed))
+        lengths_of = known[-1]
         budget = stage.budget.samples or len(train)  # one in tokens ends about where nobody knows beforehand
         lengths = lengths_of(first, first + min(budget, samples or len(train)))
         size = stage.micro_batch_size or stage.batch_size

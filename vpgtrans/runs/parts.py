@@ -112,14 +112,16 @@ def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = Fa
 
 def outline_of(recipe: Recipe) -> Outline:
     """Shapes and prompt of a recipe's source, with the target's connector where the recipe names one; neither an
-    encoder's weights nor an LLM are loaded.
+    encoder's weights nor an LLM are loaded. It sees images as the first stage does.
 
     Raises:
         As `source_of`.
     """
     outline = open_outline(recipe.source.vpg)
     with torch.device("meta"):
-        return replace(outline, vpg=_exchanged(recipe, outline.vpg.to("meta"))[0])
+        vpg, _ = _exchanged(recipe, outline.vpg.to("meta"))
+    set_resolution(vpg, recipe)
+    return replace(outline, vpg=vpg)
 
 
 def open_outline(vpg: str | VPGConfig) -> Outline:
@@ -132,6 +134,29 @@ def open_outline(vpg: str | VPGConfig) -> Outline:
         vision = load_vision(vpg, encoder_weights=False)
         return Outline(vision.vpg, vision.prompt)
     return outline_source(found.path, reference=vpg)
+
+
+def set_resolution(vpg: VPG, recipe: Recipe) -> None:
+    """Check what the stages state of resolution; the VPG is left as the first one sees images.
+
+    Raises:
+        RecipeError: the VPG can't see so, or a stage asks for what doesn't go with it.
+    """
+    for stage in reversed(recipe.stages):
+        try:
+            vpg.set_resolution(recipe.resolution_of(stage))
+        except RecipeError as error:
+            raise RecipeError(f"stage {stage.name}: {error}") from error
+        fit = vpg.encoder.config.image.fit
+        if "words" in stage.losses and vpg.layouts is not None:
+            raise RecipeError(
+                f"stage {stage.name}: losses.words puts a caption's words on the prompts of one square; it does not "
+                f"go with fit: {fit}"
+            )
+        if stage.cache_features is True and vpg.native:
+            raise RecipeError(
+                f"stage {stage.name}: cache_features: true needs images of one shape; it does not go with fit: {fit}"
+            )
 
 
 def prompt_of(recipe: Recipe, source: PromptConfig | None) -> PromptConfig:

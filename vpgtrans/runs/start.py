@@ -24,6 +24,7 @@ from vpgtrans.runs.parts import (
     measure_inputs,
     open_target,
     prompt_of,
+    set_resolution,
     visual_tokens,
 )
 from vpgtrans.training.devices import world_size
@@ -58,7 +59,8 @@ class Prepared:
     @property
     def prompter(self) -> Prompter:
         """What the run makes token ids with."""
-        return Splice(self.llm, self.prompt, visual_tokens=self.source.vpg.tokens).prompter
+        vpg = self.source.vpg
+        return Splice(self.llm, self.prompt, visual_tokens=vpg.tokens, layouts=vpg.layouts).prompter
 
 
 @dataclass
@@ -87,6 +89,7 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     Raises:
         ReferenceError_, CheckpointError, TransferError: what doesn't open or doesn't fit.
     """
+    set_resolution(source.vpg, recipe)
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
     source.vpg.to(device)
@@ -163,6 +166,7 @@ def _scoring(recipe: Recipe, prepared: Prepared, validation: Mixture, each: Each
         "seed": recipe.seed,
         "each": (lambda row: each(row.to_json())) if each is not None else None,
     }
+    # Every image as one square, also where a run cuts it into tiles.
     splice = Splice(prepared.llm, prepared.prompt, visual_tokens=prepared.source.vpg.tokens)
     rows = [row for row in validation.some(8 * SCORING_IMAGES, seed=2) if _of_one_image(validation, row, splice)]
     if not rows:
@@ -227,8 +231,10 @@ def describe(recipe: Recipe, prepared: Prepared, validation: Mixture) -> None:
         "%d visual tokens of width %d into %s, width %d", source.vpg.tokens, source.vpg.width, llm.reference, llm.width
     )
     for stage in recipe.stages:
+        vlm.set_resolution(recipe.resolution_of(stage))
         budget = f"{stage.budget.samples:,} samples" if stage.budget.samples else f"{stage.budget.tokens:,} tokens"
-        _LOGGER.info("stage %s: %s in batches of %d", stage.name, budget, stage.batch_size)
+        seen = f"{vlm.vpg.tokens} visual tokens of {vlm.vpg.encoder.config.image.size} pixels"
+        _LOGGER.info("stage %s: %s in batches of %d, %s", stage.name, budget, stage.batch_size, seen)
         set_trainable(vlm, stage)
         _LOGGER.info("%s", trainable_table(table(vlm, stage)))
 
@@ -258,5 +264,6 @@ def written_out(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with its prompt and connector written out: what it states, and for the rest the source's own."""
     target = recipe.target
     if target.connector is not None:
-        target = target.model_copy(update={"connector": source.vpg.connector.config})
+        own = source.vpg.connector.config.model_copy(update={"limit": source.vpg.own.limit})  # no stage's
+        target = target.model_copy(update={"connector": own})
     return recipe.model_copy(update={"prompt": prompt_of(recipe, source.prompt), "target": target})

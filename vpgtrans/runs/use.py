@@ -140,6 +140,7 @@ def validate(recipe: Recipe) -> dict[str, Any]:
         for source in mixture.sources:
             check_images(source)
         found[f"{role}_samples"] = len(mixture)
+    outlined = outline_of(recipe)
     if isinstance(vpg, VPGConfig):
         _check_encoder(vpg.encoder)
     elif resolved is not None and resolved.kind != "vlm":
@@ -157,7 +158,7 @@ def validate(recipe: Recipe) -> dict[str, Any]:
                     f"initialiser keep: the projector gives width {vision.projector.width_out}, the target has {width}"
                 )
     if recipe.target.connector is not None:
-        found["visual_tokens"] = outline_of(recipe).visual_tokens
+        found["visual_tokens"] = outlined.visual_tokens
     return found
 
 

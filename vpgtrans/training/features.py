@@ -69,14 +69,19 @@ class FrozenFront:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Images as one square each -> levels uint8 [B, 3, S, S], patches [B, N, d_enc] or visual tokens
         [B, T, d_vpg], on the CPU."""
-        return self.of_levels(torch.stack([self.vpg.transform.levels(image) for image in images]))
+        return self._frozen(torch.stack([self.vpg.transform.levels(image) for image in images]))
 
-    @torch.no_grad()
     def of_levels(self, levels: Levels) -> Levels:
         """As `__call__`, from resized images, uint8 [B, 3, S, S]; those of native size stay what they are."""
+        if isinstance(levels, Tensor):
+            return self._frozen(levels)
+        assert self.level == "pixels", "no other front is for images of native size"
+        return levels
+
+    @torch.no_grad()
+    def _frozen(self, levels: Tensor) -> Tensor:
         if self.level == "pixels":
             return levels
-        assert isinstance(levels, Tensor), "the front of a VPG that takes images in their native size is `pixels`"
         parameter = next(self.vpg.encoder.parameters())
         self.vpg.encoder.eval()
         pixels = self.vpg.transform.scaled(levels.to(parameter.device, non_blocking=True))
@@ -118,7 +123,7 @@ class FrozenFront:
 
 @dataclass
 class _Decoded:
-    """Some images, read and resized: levels uint8 [sum of pieces, 3, S, S]; those that have none, and the unreadable."""
+    """Some images, read and resized: levels uint8 [their pieces, 3, S, S]; those without, and the unreadable."""
 
     rows: list[int]
     pieces: list[int]
@@ -252,7 +257,7 @@ class FeatureCache:
     def _store(self, decoded: "_Decoded", flags: np.memmap) -> None:
         if decoded.rows:
             features = self.front.of_levels(decoded.levels)
-            assert isinstance(features, Tensor)
+            assert isinstance(features, Tensor), "images of native size are not cached"
             data = self._data(features.shape[1:])
             firsts = np.repeat(np.array(decoded.rows) * self._most, decoded.pieces)
             places = firsts + np.concatenate([np.arange(count) for count in decoded.pieces])

@@ -207,7 +207,7 @@ class StageModule(L.LightningModule):
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         """Each objective's summed loss on a batch, and the number of terms in it."""
         if len(batch.inputs):
-            prompts = self.vlm.prompts_from(self.front.rest(batch.inputs.to(self.device)))
+            prompts = self.vlm.prompts_from(self.front.rest(batch.to(self.device).inputs))
         else:
             prompts = torch.empty(0, self.vlm.vpg.tokens, self.vlm.llm.width, device=self.device)
         return {name: goal(self.vlm, prompts, batch) for name, goal in self.objectives.items()}

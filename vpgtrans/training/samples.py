@@ -234,8 +234,8 @@ class Loaded:
 
     def pin_memory(self) -> "Loaded":
         """torch's loader calls this where the batch goes to a GPU."""
-        several = isinstance(self.levels, list)
-        levels = [level.pin_memory() for level in self.levels] if several else self.levels.pin_memory()
+        whole = isinstance(self.levels, Tensor)
+        levels = self.levels.pin_memory() if whole else [level.pin_memory() for level in self.levels]
         return replace(self, rows=self.rows.pin_memory(), levels=levels)
 
 

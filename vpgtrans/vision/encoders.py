@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from vpgtrans.config import (
 from vpgtrans.errors import CheckpointError, IntegrityError, RecipeError, ReferenceError_
 from vpgtrans.parts import load_strict, tensors_sha256
 from vpgtrans.references import file_sha256, portable, resolve
-from vpgtrans.vision.grid import Grid, average
+from vpgtrans.vision.grid import average
 from vpgtrans.vision.preprocess import image_config_from
 from vpgtrans.vision.tensors import load_vision_model
 
@@ -334,7 +335,7 @@ class ConcatEncoder(Encoder):
         super().__init__()
         encoders = [_one(each) for each in config.encoders]
         self.encoders = nn.ModuleList(encoders)
-        self.config = ConcatEncoderConfig(encoders=[encoder.config for encoder in encoders])
+        self.config = _concat(encoders)
         first = encoders[0].config.image
         for index, encoder in enumerate(encoders):
             if encoder.grid is None:
@@ -380,17 +381,21 @@ class ConcatEncoder(Encoder):
     def set_image(self, image: ImageConfig) -> None:
         """All of them, each with its own mean and deviation."""
         if image.fit == "native":
-            raise RecipeError("encoder: concat brings its encoders' patches to one square, so fit: native is not for it; "
-                              "right would be tiles")  # fmt: skip
+            raise RecipeError("encoder: concat brings all patches to one square, so fit: native is not for it; right "
+                              "would be tiles")  # fmt: skip
         for encoder in self._all:
             own = encoder.config.image
             encoder.set_image(image.model_copy(update={"mean": own.mean, "std": own.std}))
-        self.config = ConcatEncoderConfig(encoders=[encoder.config for encoder in self._all])
+        self.config = _concat(self._all)
         self._take_first()
 
     def _take_first(self) -> None:
         first = self._all[0]
         self.patches, self.patch, self.square = first.patches, first.patch, first.square
+
+
+def _concat(encoders: Sequence[Encoder]) -> ConcatEncoderConfig:
+    return ConcatEncoderConfig.model_validate({"encoders": [encoder.config for encoder in encoders]})
 
 
 def _refuse_native(config: EfficientNetLite0Config) -> None:

@@ -5,11 +5,12 @@ pixels [B, 3, S, S] -> encode -> patches [B, N, d_enc] -> connect -> visual toke
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
-from pydantic import ValidationError
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vpgtrans.config import ImageConfig, ResolutionConfig, VPGConfig
@@ -18,7 +19,6 @@ from vpgtrans.layout import Grid, Layout, Layouts
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vision.connectors import Connector
 from vpgtrans.vision.encoders import Encoder
-from vpgtrans.vision.grid import Grid
 from vpgtrans.vision.preprocess import ImageTransform
 
 
@@ -43,7 +43,7 @@ class VPG(nn.Module):
         self.encoder = encoder
         self.connector = connector
         self.transform = ImageTransform(encoder.config.image, patch=encoder.patch)
-        self._own = _Own(encoder.config.image, connector.config.limit)
+        self.own = _Own(encoder.config.image, connector.config.limit)
 
     @property
     def config(self) -> VPGConfig:
@@ -71,8 +71,9 @@ class VPG(nn.Module):
         image = self.encoder.config.image
         if image.fit not in ("tiles", "native"):
             return None
+        # A copy: another limit later is not to change what is laid out by this one.
         most = image.max_patches or math.prod(self.encoder.square)
-        return Layouts(image, self.tokens, self.encoder.patch, most, self.connector.tokens_of)
+        return Layouts(image, self.tokens, self.encoder.patch, most, copy(self.connector).tokens_of)
 
     def set_resolution(self, stated: ResolutionConfig) -> None:
         """See images from now on as `stated` and, where that is silent, as the VPG came; weights stay what they are.
@@ -80,7 +81,7 @@ class VPG(nn.Module):
         Raises:
             RecipeError: encoder or connector can't, or the keys don't go together.
         """
-        encoder, own = self.encoder, self._own
+        encoder, own = self.encoder, self.own
         try:
             image = stated.over(own.image)
         except ValidationError as error:

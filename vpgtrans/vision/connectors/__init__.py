@@ -7,6 +7,7 @@ from vpgtrans.config import ConnectorConfig
 from vpgtrans.vision.connectors.base import Connector
 from vpgtrans.vision.connectors.grids import GridConnector, Identity, Merge, PixelShuffle, Pool, PooledQueries
 from vpgtrans.vision.connectors.queries import CrossAttention, QFormer, QueryConnector, Resampler, ResamplerLayer
+from vpgtrans.vision.grid import Grid
 
 __all__ = [
     "Connector",
