@@ -75,11 +75,16 @@ class Layouts:
     tokens_of: Callable[[Grid], int]
 
     def __call__(self, size: Size) -> Layout:
-        if self.image.fit == "native":
+        if self.native:
             grid = native_grid(size, patch=self.patch, most=self.patches)
             return Layout(self.tokens_of(grid), patches=grid)
         grid = tile_grid(size, side=self.image.size, most=self.image.max_tiles or 1)
         return Layout(self.tokens, grid, thumbnail=bool(self.image.thumbnail) and grid != (1, 1))
+
+    @property
+    def native(self) -> bool:
+        """Whether images keep their own shapes, instead of being cut into squares."""
+        return self.image.fit == "native"
 
     @property
     def most_pieces(self) -> int:
@@ -91,12 +96,14 @@ class Layouts:
     def key(self) -> str:
         """What a sample's length depends on, as one line of text."""
         said: list[Any] = [self.image.model_dump(mode="json"), self.tokens]
-        if self.image.fit == "native":
-            grids = [
-                (rows, columns) for rows in range(1, self.patches + 1) for columns in range(1, self.patches // rows + 1)
-            ]
-            said += [self.patch, self.patches, [self.tokens_of(grid) for grid in grids]]
+        if self.native:
+            said += [self.patch, self.patches, [self.tokens_of(grid) for grid in _grids(self.patches)]]
         return json.dumps(said, sort_keys=True)
+
+
+def _grids(most: int) -> list[Grid]:
+    """All grids of at most so many places."""
+    return [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -114,8 +121,7 @@ def tile_grid(size: Size, *, side: int, most: int) -> Grid:
         kept = min(width, columns * side) * min(height, rows * side)
         return Fraction(max(wide, high), min(wide, high)), -kept, rows * columns, max(grid)
 
-    grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
-    return min(grids, key=rank)
+    return min(_grids(most), key=rank)
 
 
 def native_grid(size: Size, *, patch: int, most: int) -> Grid:

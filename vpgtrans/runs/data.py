@@ -95,7 +95,8 @@ def _padding(
     recipe: Recipe, train: Mixture, prompters: Sequence[Prompter], samples: int | None
 ) -> list[dict[str, Any]]:
     """Of every stage, on the first samples that it draws."""
-    rows, first = [], 0
+    rows: list[dict[str, Any]] = []
+    first = 0
     known: list[stats.DrawnLengths] = []
     for stage, prompter in zip(recipe.stages, prompters, strict=True):
         if not known or recipe.resolution_of(stage) != recipe.resolution_of(recipe.stages[len(rows) - 1]):

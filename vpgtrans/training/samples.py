@@ -234,9 +234,9 @@ class Loaded:
 
     def pin_memory(self) -> "Loaded":
         """torch's loader calls this where the batch goes to a GPU."""
-        whole = isinstance(self.levels, Tensor)
-        levels = self.levels.pin_memory() if whole else [level.pin_memory() for level in self.levels]
-        return replace(self, rows=self.rows.pin_memory(), levels=levels)
+        whole, rows = self.levels, self.rows.pin_memory()
+        levels = whole.pin_memory() if isinstance(whole, Tensor) else [level.pin_memory() for level in whole]
+        return replace(self, rows=rows, levels=levels)
 
 
 class Samples:
@@ -438,7 +438,7 @@ class Samples:
 
     def _together(self, levels: Sequence[Tensor]) -> Levels:
         """Pieces of several images as one tensor, or as a list where they have their own shapes."""
-        if self.front.vpg.native:
+        if self.prompter.layouts is not None and self.prompter.layouts.native:
             return [piece for pieces in levels for piece in pieces]
         return torch.cat(list(levels)) if levels else torch.empty(0)
 
