@@ -78,6 +78,7 @@ def run_stages(
         torch.set_num_threads(recipe.trainer.threads)
     with StopSignals() as stop:
         for index, stage in enumerate(recipe.stages):
+            vlm.set_resolution(recipe.resolution_of(stage))
             here = found if index == resumed_stage else None
             if here and here.optimizer is None:
                 put_state(vlm, here.state, changed_parts(recipe.stages[:index]), where=str(run.checkpoints))

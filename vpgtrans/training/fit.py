@@ -211,7 +211,6 @@ class StageRun:
         self.changed = changed
         self.stop = stop or StopSignals()
         self.bad = bad
-        vlm.set_resolution(recipe.resolution_of(stage))
         prompter = vlm.splice.prompter
         augment = recipe.augmentation(stage)
         level, cached = boundary(stage, augment, native=vlm.vpg.native)

@@ -170,7 +170,10 @@ class EfficientNetLite0(Encoder):
         if image.size != self.config.image.size:
             model = self._family.from_name("efficientnet-lite0", image_size=image.size)
             model._fc = nn.Identity()
-            model.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)  # an optimizer's tensors stay
+            trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+            model.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trains[name])  # assigning has switched it on
             self.model = model.train(self.model.training).to(memory_format=torch.channels_last)
             self.config = config
             self._measure()
