@@ -150,7 +150,7 @@ def validate(recipe: Recipe) -> dict[str, Any]:
         vision = load_vision(vpg, encoder_weights=False)
         _check_encoder(vision.vpg.encoder.config)
         check_widths(vision.vpg, vision.projector)
-        found["visual_tokens"] = vision.vpg.tokens
+        found["visual_tokens"] = outlined.visual_tokens
         if recipe.initialiser.kind == "keep":
             width = getattr(config.get_text_config(), "hidden_size", vision.projector.width_out)
             if width != vision.projector.width_out:
