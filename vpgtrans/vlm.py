@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig, ResolutionConfig
-from vpgtrans.errors import DataError, TransferError
+from vpgtrans.errors import DataError, RecipeError, TransferError
 from vpgtrans.isolation import Backend, Isolation, isolate, writing
 from vpgtrans.layout import Layout, Layouts, Size
 from vpgtrans.llm import LanguageModel
@@ -65,7 +65,15 @@ class Splice:
         """How samples that share a row are kept apart, once it is chosen."""
 
     def lay_out(self, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None) -> None:
-        """From now on leave as many places for an image; as `__init__`."""
+        """From now on leave as many places for an image; as `__init__`.
+
+        Raises:
+            RecipeError: images in their native size are to see both ways, and where one ends can't be told.
+        """
+        if prompt.image_attention == "bidirectional" and layouts is not None and layouts.native:
+            raise RecipeError(
+                "prompt.image_attention: bidirectional does not go with fit: native; right would be tiles"
+            )
         self.prompter = Prompter(
             self.llm.tokenizer, prompt, visual_tokens=visual_tokens, layouts=layouts, limit=self.llm.max_tokens
         )
