@@ -110,16 +110,16 @@ def _grids(most: int) -> list[Grid]:
 def tile_grid(size: Size, *, side: int, most: int) -> Grid:
     """Rows and columns of at most `most` tiles, whose aspect ratio is nearest to the image's (as a quotient).
 
-    Of equally near ones the one that keeps more of the image's pixels, then the one with fewer tiles: a grid is not
-    larger than the image is sharp (InternVL 1.5, arXiv 2404.16821, doubles it from half of its pixels on).
+    Of equally near grids the largest of which the image fills more than half, so that it keeps its pixels and little is
+    blown up (as InternVL 1.5, arXiv 2404.16821, has it); if it fills none so far, the smallest.
     """
     width, height = size
 
-    def rank(grid: Grid) -> tuple[Fraction, int, int, int]:
+    def rank(grid: Grid) -> tuple[Fraction, bool, int, int]:
         rows, columns = grid
-        wide, high = columns * height, rows * width
-        kept = min(width, columns * side) * min(height, rows * side)
-        return Fraction(max(wide, high), min(wide, high)), -kept, rows * columns, max(grid)
+        wide, high, tiles = columns * height, rows * width, rows * columns
+        filled = 2 * width * height > tiles * side**2
+        return Fraction(max(wide, high), min(wide, high)), not filled, -tiles if filled else tiles, max(grid)
 
     return min(_grids(most), key=rank)
 
