@@ -1,5 +1,6 @@
 """Encoders at other sizes against stock `transformers`; tiles and native images from pixels to visual prompts."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,8 @@ def test_positions_are_interpolated_as_the_model_itself_does_it(name, height, wi
 
 
 def test_an_encoder_that_cannot_interpolate_is_refused():
-    config = transformers.CLIPVisionConfig(**SMALL)
-    encoder = encoders.build(
-        HuggingFaceEncoderConfig(architecture=config.to_diff_dict(), image=IMAGE), load_weights=False
-    )
+    architecture = transformers.CLIPVisionConfig(**SMALL).to_diff_dict()
+    encoder = encoders.build(HuggingFaceEncoderConfig(architecture=architecture, image=IMAGE), load_weights=False)
     encoder._interpolates = False
     for image in (ImageConfig(size=56), ImageConfig(size=SIDE, fit="native")):
         with pytest.raises(RecipeError, match="takes images of 28 x 28 pixels, not of"):
@@ -162,10 +161,10 @@ def test_more_tokens_than_it_was_made_for(connector):
     [
         (
             {"image_size": 30},
-            "image_size: 30 is no multiple of the encoder's patch, 14 pixels; right would be 28 or 42",
+            "30 is no multiple of the encoder's patch, 14 pixels; right would be 28 or 42",
         ),
         ({"image_size": 7}, "right would be 14"),
-        ({"visual_tokens": 3}, "identity can't give 3 visual tokens; right would be one of 1, 2, 4"),
+        ({"visual_tokens": 3}, "identity can't give 3 visual tokens; right would be one of"),
         ({"max_tiles": 3}, "max_tiles: goes with fit: tiles only, not with squash"),
         ({"thumbnail": False}, "thumbnail: goes with fit: tiles only"),
     ],
@@ -175,8 +174,6 @@ def test_what_a_vpg_cannot_is_refused_without_a_trace(stated, saying):
     before = vpg.config
     with pytest.raises(RecipeError) as refusal:
         vpg.set_resolution(ResolutionConfig(**stated))
-    if "one of" in saying:
-        saying = "identity can't give 3 visual tokens; right would be one of"
     assert saying in str(refusal.value)
     assert vpg.config == before
 
@@ -244,18 +241,17 @@ def test_images_of_any_shape_go_together_with_their_like_and_come_back_in_order(
 # --- a VLM and its data -------------------------------------------------------------------------
 
 
+SHAPES = ((28, 28), (80, 40), (40, 90), (90, 84), (14, 100), (30, 28))
+
+
 class Shapes(Pictures):
     """Images of several shapes with captions."""
 
-    SIZES = [(28, 28), (80, 40), (40, 90), (90, 84), (14, 100), (30, 28)]
-
     def __init__(self, count: int = 6, **options: Any):
         super().__init__(count, **options)
-        import io
-
         for row in range(count):
             stream = io.BytesIO()
-            noise(*self.SIZES[row % 6], seed=row).save(stream, "PNG")
+            noise(*SHAPES[row % 6], seed=row).save(stream, "PNG")
             self.rows.records[row]["image"] = stream.getvalue()
         self.fingerprint = f"shapes {count}"
 
@@ -288,10 +284,8 @@ def test_every_way_through_the_data_gives_the_same_prompts(root, tmp_path, state
         one, _ = vlm.splice.token_nll(vlm.prompts_from(vlm.visual_tokens(images[:1])), batch.encoded[:1])
     torch.testing.assert_close(nll[: len(one)], one, rtol=1e-4, atol=1e-4)
     # In parts, and as the plan of packs counts them.
-    parts = [samples.front.rest(batch.part(start, start + 2).inputs) for start in (0, 2, 4)]
-    torch.testing.assert_close(
-        torch.cat([part.flatten(0, -2) for part in parts]), found.flatten(0, -2), rtol=1e-4, atol=1e-5
-    )
+    parts = [samples.front.rest(batch.part(start, start + 2).inputs).flatten(0, -2) for start in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat(parts), found.flatten(0, -2), rtol=1e-4, atol=1e-5)
     assert [len(text) for text in batch.encoded] == [
         len(samples.mixture.encode(row, vlm.splice.prompter)) for row in (3, 0, 1, 2, 4)
     ]

@@ -85,7 +85,9 @@ class VPG(nn.Module):
         try:
             image = stated.over(own.image)
         except ValidationError as error:
-            raise RecipeError("; ".join(str(problem["msg"]) for problem in error.errors())) from error
+            raise RecipeError(
+                "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+            ) from error
         side = stated.image_size
         if side not in (None, own.image.size) and side % encoder.step:
             right = [size for size in (side - side % encoder.step, side + -side % encoder.step) if size]
