@@ -229,20 +229,20 @@ def test_a_wrong_resolution_is_found_in_the_recipe(tiny: Tiny, changes, stage, s
 @pytest.mark.parametrize(
     ("changes", "stage", "saying"),
     [
-        ({"max_tiles": 3}, {}, "stage finetune: max_tiles: goes with fit: tiles only, not with squash"),
-        ({}, {"visual_tokens": 5}, "stage warmup: connector: qformer can't give 5 visual tokens; right would be at most "
-                                   "the number of queries, 4"),
-        ({}, {"image_size": 20}, "stage warmup: image_size: 20 is no multiple of the encoder's patch, 14 pixels; right "
-                                 "would be 14 or 28"),
-        ({"fit": "tiles"}, {"losses": {"words": 1.0}}, "stage warmup: losses.words puts a caption's words on the prompts "
-                                                       "of one square; it does not go with fit: tiles"),
-        ({"fit": "native"}, {"cache_features": True}, "stage warmup: cache_features: true needs images of one shape; it "
-                                                      "does not go with fit: native"),
+        ({"max_tiles": 3}, {}, "stage finetune: max_tiles: goes with fit: tiles only, not with squash; leave it out"),
+        ({}, {"visual_tokens": 5},
+         "stage warmup: connector: qformer can't give 5 visual tokens; right would be at most the number of "
+         "queries, 4"),
+        ({}, {"image_size": 20},
+         "stage warmup: image_size: 20 is no multiple of the encoder's patch, 14 pixels; right would be 14 or 28"),
+        ({"fit": "tiles"}, {"losses": {"words": 1.0}},
+         "stage warmup: losses.words puts a caption's words on the prompts of one square; it does not go with fit: "
+         "tiles"),
+        ({"fit": "native"}, {"cache_features": True},
+         "stage warmup: cache_features: true needs images of one shape; it does not go with fit: native"),
     ],
 )  # fmt: skip
-def test_what_the_source_cannot_is_found_before_a_weight_is_read(
-    tiny: Tiny, tmp_path, changes, stage, saying, monkeypatch
-):
+def test_what_the_source_cannot_is_found_at_once(tiny: Tiny, tmp_path, changes, stage, saying, monkeypatch):
     keys = tiny.transfer_keys(resolution=changes)
     keys["stages"][0] |= stage
     recipe = parse_recipe(keys)
