@@ -326,3 +326,30 @@ def test_the_picture_of_a_mask_shows_the_pairs_of_a_pack(tmp_path):
         assert np.array_equal(seen, causal | together if both_ways else causal)
         packing_mask.draw(segments, names, title="a pack").savefig(tmp_path / "mask.png")
         assert Image.open(tmp_path / "mask.png").size == (900, 960)
+
+
+def test_low_to_high_differs_in_its_first_stage_alone_and_counts_what_is_seen_sharply():
+    bench = script("low_to_high")
+    size = {"samples": 64, "low": 32, "every": 16, "images": 8, "seed": 0}
+    high, both = (bench.arm(name, **size) for name in bench.ARMS)
+    assert both.stages[1:] == high.stages
+    assert [recipe.resolution_of(recipe.stages[0]).visual_tokens for recipe in (both, high)] == [16, 144]
+    assert both.source == high.source
+    lines = {
+        "high": [
+            {"stage": "high", "samples": 0, "seconds": 1.0, "val_loss": 9.0},
+            {"stage": "high", "samples": 64, "seconds": 41.0, "val_loss": 5.0},
+        ],
+        "low to high": [
+            {"stage": "low", "samples": 32, "seconds": 5.0, "val_loss": 4.0},
+            {"stage": "high", "samples": 32, "seconds": 6.0, "val_loss": 6.0},
+            {"stage": "high", "samples": 48, "seconds": 20.5, "val_loss": 4.9},
+        ],
+    }
+    found = bench.compare(lines)
+    assert (found["goal"], found["times_sooner"]) == (5.0, 2.0)
+    assert found["arms"]["low to high"]["samples"] == 48
+    assert "| 0 | low to high | 5.000 | 20.5 | 48 | 4.900 |" in bench.table([found])
+    never = bench.compare(lines | {"low to high": lines["low to high"][:2]})
+    assert never["times_sooner"] is None
+    assert "| 0 | low to high | 5.000 | – | – | 6.000 |" in bench.table([never])

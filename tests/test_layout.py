@@ -1,7 +1,10 @@
 """Where an image's tiles and their marks stand in a prompt: by its size alone, never cut, never learnt."""
 
 import math
+import runpy
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,10 @@ def test_the_key_of_a_layout_says_what_lengths_depend_on():
         layouts(fit="native", tokens_of=lambda grid: 1),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_picture_in_the_docs_is_what_its_command_draws(tmp_path, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr(sys, "argv", ["draw_tiles.py", "--output", str(tmp_path / "tiles.svg")])
+    runpy.run_path(str(root / "tools" / "draw_tiles.py"), run_name="__main__")
+    assert (tmp_path / "tiles.svg").read_text() == (root / "docs" / "tiles.svg").read_text()

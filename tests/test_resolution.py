@@ -193,6 +193,8 @@ def test_a_whole_image_in_tiles_is_seen_as_before():
     assert (halved.size, halved.resize) == (112, 128)
     assert ResolutionConfig().over(IMAGE) is IMAGE
     assert "max_tiles" not in IMAGE.model_dump()
+    with pytest.raises(ValidationError, match="max_tiles: is null, which fit: tiles can't do with"):
+        ImageConfig(fit="tiles", max_tiles=None)
 
 
 # --- pieces -------------------------------------------------------------------------------------

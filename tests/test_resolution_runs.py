@@ -161,7 +161,7 @@ def test_stages_get_sharper_and_the_result_is_as_sharp_as_the_last(
     path = runs.train(recipe, output=tmp_path / "run", device="cpu")
     assert seen == [("warmup", tokens[0], tokens[0]), ("finetune", tokens[1], tokens[1])]
     manifest = json.loads((path / "vlm" / "manifest.json").read_text())
-    assert manifest["visual_tokens"] == tokens[1]
+    assert manifest["visual_tokens"] == manifest["lineage"]["visual_tokens"] == tokens[1]
     vlm = load_vlm(str(path), dtype=torch.float32)
     assert vlm.vpg.tokens == tokens[1]
     val_loss = json.loads((path / "summary.json").read_text())["val_loss"]

@@ -66,6 +66,9 @@ class ImageConfig(Config):
     @model_validator(mode="after")
     def _resize_before_a_crop(self) -> "ImageConfig":
         _check_fit(self, self.fit)
+        null = [key for key in ("max_tiles", "thumbnail", "whole") if getattr(self, key) is None]
+        if self.fit == "tiles" and null:
+            raise ValueError(f"{null[0]}: is null, which fit: tiles can't do with; leave it out")
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize: {self.resize} is below size, {self.size}, so there is nothing to cut")
         return self

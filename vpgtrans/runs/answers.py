@@ -50,7 +50,7 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
                 turns = turns_of(sample.text)
                 if len(turns) < 2:
                     raise Dropped("a document: nothing to ask")
-                opened, sizes = source.open_sized(sample)
+                opened, sizes = source.open_sized(sample) if prompter.layouts is not None else (source.open(sample), [])
                 encoded = prompter.encode(turns, sizes)
                 before = prompter.question(turns[:-1], sizes, room=max_new_tokens)
             except Dropped:

@@ -118,6 +118,8 @@ def _journey(
         initial_seconds=start.seconds,
         clock=clock,
     )
+    lineage["visual_tokens"] = vlm.vpg.tokens  # of the last stage
+    run.write("lineage.json", lineage)
     start_span()  # what comes now is no stage's
     if not first:
         return path  # it was started to train along; the rest is the first one's
