@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from test_vision import DINO, FAMILIES, IMAGE, PATCH, SMALL, stock_model
+from tiny import tiny_tokenizer
 from tiny_training import Pictures, build_vlm, make_models
 
 from vpgtrans.config import (
@@ -19,12 +22,14 @@ from vpgtrans.config import (
     IdentityConnectorConfig,
     ImageConfig,
     PoolConnectorConfig,
+    PromptConfig,
     QFormerConnectorConfig,
     ResolutionConfig,
 )
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.errors import DataError, RecipeError
 from vpgtrans.layout import Layout
+from vpgtrans.prompts import VISUAL, Prompter
 from vpgtrans.training.features import FeatureCache, FrozenFront
 from vpgtrans.training.samples import BadSamples, Samples
 from vpgtrans.vision import connectors, encoders
@@ -55,6 +60,10 @@ def vpg_of(name: str = "clip", connector: Any = None, *, select: str = "patch", 
     encoder.model.load_state_dict(stock_model(name).state_dict(), strict=False)
     made = connectors.build(connector or IdentityConnectorConfig(), width_in=encoder.width, patches=encoder.patches)
     return VPG(encoder, made).eval()
+
+
+SIDES = st.integers(1, 200)
+VPG_OF_ALL, TOKENIZER = vpg_of(), tiny_tokenizer()
 
 
 # --- encoders -----------------------------------------------------------------------------------
@@ -238,6 +247,20 @@ def test_images_of_any_shape_go_together_with_their_like_and_come_back_in_order(
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
     assert calls == [2, 1, 1]
     assert len(found) == sum(vpg.layouts(image.size).visual for image in images) == 6 + 1 + 6 + 8
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, st.sampled_from(["tiles", "native"]), st.integers(1, 9))
+def test_an_image_has_as_many_places_as_the_vpg_gives_it_tokens(width, height, fit, most):
+    vpg, key = VPG_OF_ALL, "max_tiles" if fit == "tiles" else "max_patches"
+    vpg.set_resolution(ResolutionConfig(fit=fit, **{key: most}))
+    prompter = Prompter(TOKENIZER, PromptConfig(), visual_tokens=vpg.tokens, layouts=vpg.layouts)
+    encoded = prompter.encode("a cat", [(width, height)])
+    pieces = vpg.pieces([Image.new("RGB", (width, height))], encoded.layouts)
+    with torch.no_grad():
+        tokens = of_pieces(pieces, lambda some: vpg(vpg.transform.scaled(some)))
+    assert (encoded.ids == VISUAL).sum() == tokens.shape[:-1].numel()
+    assert len(pieces) == encoded.pieces <= vpg.layouts.most_pieces
 
 
 # --- a VLM and its data -------------------------------------------------------------------------

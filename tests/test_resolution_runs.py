@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filters import filtered
 from PIL import Image
 from test_resume import Crash, crash_at
 from tiny_runs import Tiny, source_keys
@@ -82,6 +83,16 @@ def test_a_run_trains_saves_and_opens_again(tiny: Tiny, data, tmp_path, resoluti
     assert (opened.predictions, opened.rows) == (trained.predictions, [0, 1, 2, 3, 4])
     assert vlm.vpg.encoder.config.image.fit == resolution["fit"]
     assert len(vlm.generate([Image.new("RGB", (90, 40)), Image.new("RGB", (20, 30))], max_new_tokens=2)) == 2
+    # To compare images a filter sees all of them alike.
+    scores = tmp_path / "scores.parquet"
+    filtered(data["train"][0]["dataset"], "--scores", scores, "--scorer", "vlm-loss", "--scorer", "vlm-gap",
+             "--vlm", path, "--others", "3", "--keep-fraction", "0.5")  # fmt: skip
+    train, squares = open_mixture(recipe.data.train), load_vlm(str(path))
+    squares.see_squares()
+    sums, tokens = squares.splice.caption_nll(
+        squares.prompts([train.image(row) for row in range(10)]), [train.caption(row) for row in range(10)]
+    )
+    np.testing.assert_allclose(pq.read_table(scores)["vlm-loss"], sums / tokens, atol=2e-2)
     # A source that sees so is seen so: nothing needs to be said again.
     again = tiny.transfer_recipe(source={"vpg": str(path)}, data=data, initialiser="inherit")
     assert open_prompters(again)[0].layouts.key == vlm.vpg.layouts.key

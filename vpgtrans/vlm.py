@@ -260,6 +260,11 @@ class VLM(nn.Module):
         self.vpg.set_resolution(stated)
         self.splice.lay_out(self.prompt, visual_tokens=self.vpg.tokens, layouts=self.vpg.layouts)
 
+    def see_squares(self) -> None:
+        """See every image as one square from now on: images of any sizes then stand in for each other."""
+        if self.vpg.layouts is not None:
+            self.set_resolution(ResolutionConfig(fit=self.vpg.encoder.config.image.whole or "squash"))
+
     @property
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device

@@ -32,7 +32,8 @@ class VlmLoss(Scorer):
     vlm-gap         mean loss with the images of other samples, less that: is the text about *this* image?
     vlm-rank        share of those other images with which the text is less likely
 
-    The others are the same few images for all samples, drawn once. The model is opened when it is first needed.
+    The others are the same few images for all samples, drawn once. The model is opened when it is first needed, and
+    sees every image as one square, so that an image of many tiles is no better than another.
     """
 
     looks = True
@@ -69,7 +70,9 @@ class VlmLoss(Scorer):
 
     @cached_property
     def _vlm(self) -> VLM:
-        return self._open()
+        vlm = self._open()
+        vlm.see_squares()
+        return vlm
 
     @cached_property
     def _others(self) -> tuple[list[int], Tensor]:
