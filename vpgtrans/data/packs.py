@@ -77,7 +77,7 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
         data=hashlib.sha256("\n".join(source.fingerprint for source in mixture.sources).encode()).hexdigest(),
         tokenizer=tokenizer_sha256(prompter.tokenizer),
         prompt=json.dumps([prompter.config.model_dump(mode="json"), prompter.max_tokens], sort_keys=True),
-        visual_tokens=str(prompter.visual_tokens),
+        visual_tokens=str(prompter.visual_tokens) if prompter.layouts is None else prompter.layouts.key,
     )
     path = _file(asdict(key), directory, "lengths")
     with _locked(path):
@@ -87,7 +87,7 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
         images[:] = 0
         for row in track(range(len(mixture)), "counting tokens"):
             try:
-                encoded = prompter.encode(mixture.sample(row).text)
+                encoded = mixture.encode(row, prompter)
             except DataError as error:
                 tokens[row] = LEFT_OUT if isinstance(error, Dropped) else BAD
                 _LOGGER.debug("skipped: %s", error)

@@ -7,14 +7,16 @@ from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.packs import measure, plan_packs
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe
-from vpgtrans.runs.data import open_prompter
+from vpgtrans.runs.data import open_prompters
 from vpgtrans.training.loading import pack_draws
 
 
 def data_pack(
     recipe: Recipe, *, max_tokens: int | None = None, max_images: int | None = None, max_samples: int | None = None
 ) -> dict[str, Any]:
-    """Plan packs of all training samples, each once; the plan is kept in the cache, for as long as nothing changes.
+    """Plan packs of all training samples, each once, as the last stage sees them.
+
+    The plan is kept in the cache, for as long as nothing changes.
 
     Args:
         max_tokens, max_images, max_samples: limits of a pack; None: the recipe's `data.packing`.
@@ -34,8 +36,8 @@ def data_pack(
     if stated is None and max_tokens is None:
         raise RecipeError("data.packing: the recipe has none; give --max-tokens N, or data.packing.max_tokens=N")
     limits = PackingConfig(**(stated.model_dump() if stated else {}) | given)
-    mixture, prompter = open_mixture(recipe.data.train), open_prompter(recipe)
-    lengths = measure(mixture, prompter)
+    mixture, prompters = open_mixture(recipe.data.train), open_prompters(recipe)
+    lengths = measure(mixture, prompters[-1])
     plan, path = plan_packs(lengths, limits)
     found: dict[str, Any] = {
         **plan.statistics,
@@ -46,8 +48,9 @@ def data_pack(
         "plan": str(path),
         "stages": [],
     }
-    for index, stage in enumerate(recipe.stages):
-        draws = pack_draws(mixture, lengths, limits, stage, seed=recipe.seed, index=index)
+    for index, (stage, prompter) in enumerate(zip(recipe.stages, prompters, strict=True)):
+        own = measure(mixture, prompter)  # a stage may see images at another resolution
+        draws = pack_draws(mixture, own, limits, stage, seed=recipe.seed, index=index)
         found["stages"].append(
             {
                 "stage": stage.name,

@@ -34,6 +34,7 @@ from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
 from vpgtrans.transfer.probe import Choice, ProbeRow, Scoring, choose, probe, slow_candidates
 from vpgtrans.transfer.scores import CopyTest, word_scores
+from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM, Splice
 
 _LOGGER = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     if source.projector is None or (source.taken is not None and "mean" in source.taken.new):
         measure_inputs(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     prompt = prompt_of(recipe, source.prompt)
-    _check_rows(recipe, Splice(llm, prompt, visual_tokens=source.vpg.tokens), train, device)
+    splice = Splice(llm, prompt, visual_tokens=source.vpg.tokens, layouts=source.vpg.layouts)
+    _check_rows(recipe, splice, source.vpg, train, device)
     tokens, rows = visual_tokens(source.vpg, train, _sample(train), count=SCORING_IMAGES)
     # What starts at random needs no source LLM, so it need not be there.
     words = source.words if recipe.initialiser.kind not in ("random", "inherit") else None
@@ -117,8 +119,9 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     return Prepared(source, llm, prompt, context, device)
 
 
-def _check_rows(recipe: Recipe, splice: Splice, train: Mixture, device: torch.device) -> None:
-    """
+def _check_rows(recipe: Recipe, splice: Splice, vpg: VPG, train: Mixture, device: torch.device) -> None:
+    """Check every stage's rows; the VPG is left as the first stage sees images.
+
     Raises:
         RecipeError: the LLM's attention can't do what packing or the prompt asks of it, or devices can't share packs.
         DataError: no sample fits a pack.
@@ -127,8 +130,10 @@ def _check_rows(recipe: Recipe, splice: Splice, train: Mixture, device: torch.de
     if packing is not None or splice.both_ways:
         splice.isolate(recipe.trainer.attention, longest=packing.max_tokens if packing else None)
     if packing is not None:
-        lengths = measure(train, splice.prompter)
-        for index, stage in enumerate(recipe.stages):
+        for index, stage in reversed(list(enumerate(recipe.stages))):
+            vpg.set_resolution(recipe.resolution_of(stage))
+            splice.lay_out(splice.prompter.config, visual_tokens=vpg.tokens, layouts=vpg.layouts)
+            lengths = measure(train, splice.prompter)
             draws = pack_draws(train, lengths, packing, stage, seed=recipe.seed, index=index)
             draws.check(world_size(recipe, device))
 
