@@ -95,7 +95,7 @@ class Clock(Timeline):
         """Within the block the run's parts are timed."""
         vlm, module = run.vlm, run.module
         watched: list[tuple[Any, str, str]] = [
-            (vlm.vpg.transform, "levels", "preprocess"),
+            (vlm.vpg.transform, "pieces", "preprocess"),
             (vlm.vpg.encoder, "forward", "encoder"),
             (vlm.vpg.connector, "forward", "connector"),
             (vlm.llm.model, "forward", "llm_forward"),
