@@ -7,7 +7,8 @@ projector trains: forward, backward and AdamW. All sides take the same samples, 
 another order each time; ratios are within a round. Memory is measured in a process of its own for each side: what one
 step of eight samples adds to it.
 
-    padded, unsorted    batches of 8 as drawn, attention by transformers' sdpa: what a trainer does by default
+    plain loop          batches of 8 as drawn, through transformers' `model(…, labels=…)`: logits of every token
+    padded, unsorted    the same batches as this package trains them: logits of target tokens alone
     padded, sorted      batches of 8 of like length
     packed              rows of at most N tokens, by what `trainer.attention: auto` is
     packed, fused       the same, each sample's attention by torch's fused kernel
@@ -40,7 +41,7 @@ from vpgtrans.vlm import Splice
 
 RESULTS = Path(__file__).parent / "results" / "packed_step.json"
 VISUAL_TOKENS, WIDTH, BATCH = 144, 256, 8
-UNSORTED, SORTED = "padded, unsorted", "padded, sorted"
+PLAIN, UNSORTED, SORTED = "plain loop", "padded, unsorted", "padded, sorted"
 ROWS = (1024, 2048, 4096)
 
 
@@ -60,7 +61,11 @@ class Bench:
         """Name -> all samples once, in that way; returns the target tokens."""
         lengths = np.array([len(text) for text in self.encoded])
         order = np.argsort(lengths, kind="stable")
-        sides = {UNSORTED: lambda: self.padded(range(len(lengths))), SORTED: lambda: self.padded(order.tolist())}
+        sides = {
+            PLAIN: lambda: self.padded(range(len(lengths)), plain=True),
+            UNSORTED: lambda: self.padded(range(len(lengths))),
+            SORTED: lambda: self.padded(order.tolist()),
+        }
         for row in ROWS:
             plan = pack(lengths, max_tokens=row)
             packs = [plan.pack(number).tolist() for number in range(len(plan))]
@@ -70,8 +75,9 @@ class Bench:
                 sides[f"packed, {row} tokens, one mask"] = lambda packs=packs: self.packed(packs, backend="sdpa")
         return sides
 
-    def padded(self, order: Sequence[int]) -> int:
-        return sum(self.step(order[start : start + BATCH]) for start in range(0, len(order), BATCH))
+    def padded(self, order: Sequence[int], *, plain: bool = False) -> int:
+        step = self.plain_step if plain else self.step
+        return sum(step(order[start : start + BATCH]) for start in range(0, len(order), BATCH))
 
     def packed(self, packs: Sequence[Sequence[int]], *, backend: Any = "blocks", longest: int | None = None) -> int:
         self.splice.isolate(backend)
@@ -82,13 +88,35 @@ class Bench:
         finally:
             short_attention.LONGEST = before
 
+    def plain_step(self, samples: Sequence[int]) -> int:
+        texts = [self.encoded[sample] for sample in samples]
+        longest = max(map(len, texts))
+        ids, mask = np.zeros((2, len(texts), longest), dtype=np.int64)
+        labels = np.full(ids.shape, -100)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = text.ids, 1
+            labels[row, : len(text)][text.answer] = text.ids[text.answer]
+        visual, words = torch.from_numpy(ids == VISUAL), torch.from_numpy(ids.clip(min=0))
+        llm, prompts = self.splice.llm, self.projector(self.visual[list(samples)])
+        embeddings = llm.embed(words)
+        embeddings = embeddings.masked_scatter(visual[..., None], prompts.to(embeddings.dtype))
+        target = torch.from_numpy(labels)
+        loss = llm.model(
+            inputs_embeds=embeddings, attention_mask=torch.from_numpy(mask), labels=target, use_cache=False
+        )
+        self._learn(loss.loss)
+        return int((target != -100).sum())
+
     def step(self, samples: Sequence[int], *, packed: bool = False) -> int:
         prompts = self.projector(self.visual[list(samples)])
         nll, _ = self.splice.token_nll(prompts, [self.encoded[sample] for sample in samples], packed=packed)
-        nll.mean().backward()
+        self._learn(nll.mean())
+        return len(nll)
+
+    def _learn(self, loss: torch.Tensor) -> None:
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return len(nll)
 
 
 def _encoded(generator: np.random.Generator, length: int) -> Encoded:
