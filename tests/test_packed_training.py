@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from commands import invoke
+from PIL import Image
 from tiny_runs import Tiny
 from tiny_training import FINETUNE, PACKING, all_tensors, build_vlm, data_keys, lines, make_recipe, mixtures, train
 
@@ -77,6 +78,38 @@ def test_what_no_pack_holds_is_counted_as_left_out(root, tmp_path):
     assert counts["dropped"] == too_long
     assert counts["rules"] == {f"longer than a pack of {longest - 1} tokens": too_long}
     assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def table_with_faults(directory: Path, *, malformed: int) -> Path:
+    """48 samples of one image, three without a caption, and some whose caption is no text."""
+    Image.new("RGB", (8, 8), "red").save(directory / "a.png")
+    captions: list[Any] = ["a red cat"] * 48 + [None] * 3 + [7] * malformed
+    table = directory / "rows.jsonl"
+    table.write_text("".join(json.dumps({"image": "a.png", "caption": caption}) + "\n" for caption in captions))
+    return table
+
+
+@pytest.mark.parametrize("packing", ["null", "{max_tokens: 64}"])
+def test_rows_that_are_no_samples_are_counted_packed_as_padded(recipe, tmp_path, packing):
+    table = table_with_faults(tmp_path, malformed=2)
+    changes = [f"data.train=[{{dataset: {table}}}]", f"data.packing={packing}", "data.max_bad_fraction=0.1"]
+    done = invoke(
+        "transfer", recipe, "--output", tmp_path / "run", *changes, "stages.finetune.budget.samples=64",
+        "stages.warmup.budget.samples=64", "stages.warmup.cache_features=false", "stages.finetune.cache_features=false",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    counts = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (counts["quarantined"], counts["dropped"], counts["rules"]) == (2, 3, {"no caption": 3})
+    assert counts["seen"] == counts["used"] + 5
+    reasons = [line["reason"] for line in lines(tmp_path / "run" / "quarantine.jsonl")]
+    assert all(f"line {number}" in reason for number, reason in zip((52, 53), sorted(reasons), strict=True))
+
+
+def test_too_many_rows_that_are_no_samples_stop_a_packed_run(recipe, tmp_path):
+    table = table_with_faults(tmp_path, malformed=12)
+    result = invoke("transfer", recipe, "--output", tmp_path / "run", f"data.train=[{{dataset: {table}}}]", PACKED)
+    assert result.exit_code == 1
+    assert "12 of 63 samples are unreadable, more than data.max_bad_fraction = 0.01 allows" in result.stderr
 
 
 def test_an_unreadable_image_leaves_the_rest_of_its_pack(root, tmp_path):

@@ -6,6 +6,7 @@ lengths of all samples ──pack──▶ plan ──shuffled every epoch──
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,6 +38,13 @@ class Lengths:
     tokens: np.ndarray
     images: np.ndarray
     key: LengthKey
+    reasons: Sequence[str] = ()
+    """Why, of each sample that is left out or bad, in order."""
+
+    @property
+    def faults(self) -> np.ndarray:
+        """Samples that are left out or bad, int64 [k]."""
+        return np.flatnonzero(self.tokens >= BAD)
 
     @property
     def left_out(self) -> int:
@@ -82,7 +90,9 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
     path = _file(asdict(key), directory, "lengths")
     with _locked(path):
         if path.is_file():
-            return Lengths(**read_arrays(path, ("tokens", "images"), key=asdict(key), what=_WHAT), key=key)
+            kept = read_arrays(path, ("tokens", "images", "reasons"), key=asdict(key), what=_WHAT)
+            return Lengths(kept["tokens"], kept["images"], key, json.loads(kept["reasons"].tobytes()))
+        reasons: list[str] = []
         tokens, images = np.empty((2, len(mixture)), dtype=np.int32)
         images[:] = 0
         for row in track(range(len(mixture)), "counting tokens"):
@@ -90,11 +100,12 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
                 encoded = mixture.encode(row, prompter)
             except DataError as error:
                 tokens[row] = LEFT_OUT if isinstance(error, Dropped) else BAD
-                _LOGGER.debug("skipped: %s", error)
+                reasons.append(str(error))
             else:
                 tokens[row], images[row] = len(encoded), encoded.images
-        write_arrays(path, {"tokens": tokens, "images": images}, key=asdict(key))
-    return Lengths(tokens, images, key)
+        said = np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)
+        write_arrays(path, {"tokens": tokens, "images": images, "reasons": said}, key=asdict(key))
+    return Lengths(tokens, images, key, reasons)
 
 
 def plan_packs(lengths: Lengths, limits: PackingConfig, *, directory: Path | None = None) -> tuple[PackPlan, Path]:

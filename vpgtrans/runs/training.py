@@ -135,7 +135,7 @@ def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
     counts = {
         "seen": bad.seen,
         "used": bad.seen - bad.left_out,
-        "quarantined": len(bad.bad),
+        "quarantined": bad.quarantined,
         "dropped": len(bad.dropped),
         "rules": dict(Counter(rule_of(entry.reason) for entry in bad.dropped.values())),
     }

@@ -274,6 +274,7 @@ class StageRun:
 
         Raises:
             DataError: no sample fits a pack. IntegrityError: a pack plan that was kept is damaged.
+            TrainingError: too many samples are bad.
         """
         stage, seed, train, packing = self.stage, self.recipe.seed, samples.mixture, self.recipe.data.packing
         if packing is None:
@@ -281,8 +282,7 @@ class StageRun:
             return SampleDraws(train, seed=seed, stage=stage, first_sample=first)
         lengths = measure(train, samples.prompter)
         draws = pack_draws(train, lengths, packing, stage, seed=seed, index=index)
-        over_long = lengths.over_long(packing)
-        self.bad.note(samples.over_long(over_long, packing), seen=samples.see(over_long))
+        samples.set_aside(lengths, packing)
         count, size, tokens = draws.packs, draws.order.samples_per_pack, draws.order.tokens_per_pack
         _LOGGER.info("%s: %d pack(s) an update, of %.1f samples and %.0f tokens", stage.name, count, size, tokens)
         return draws

@@ -14,6 +14,7 @@ from torch import Tensor
 from vpgtrans.config import AugmentConfig
 from vpgtrans.data.config import PackingConfig
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.packs import BAD, Lengths
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.sources import Source
 from vpgtrans.errors import DataError, Dropped, TrainingError
@@ -123,12 +124,16 @@ class BadSamples:
     bad: dict[Key, "Unreadable"] = field(default_factory=dict)
     dropped: dict[Key, "Unreadable"] = field(default_factory=dict)
     """Left out by a rule."""
+    aside: dict[Key, "Unreadable"] = field(default_factory=dict)
+    """Bad ones that no pack holds: all of a mixture's are known before the first update, and judged among all."""
     expected: int = 0
     """Samples that count even if fewer were seen so far."""
     shared: bool = False
     """Several processes read a share each: `check` is called when they have exchanged what is bad."""
     earlier: dict[str, str] = field(default_factory=dict)
     """Reason -> id of those that a resumed run had listed before it stopped; they count when they come up again."""
+    _unpacked: int = 0
+    """Of `seen`, those that no pack holds: they say nothing of how many others were read."""
     _met: dict[Mixture, np.ndarray] = field(default_factory=dict)
 
     def see(self, mixture: Mixture, rows: Sequence[int] | np.ndarray) -> int:
@@ -140,13 +145,18 @@ class BadSamples:
         return new
 
     @property
+    def quarantined(self) -> int:
+        """Samples that can't be read."""
+        return len(self.bad) + len(self.aside)
+
+    @property
     def left_out(self) -> int:
-        return len(self.bad) + len(self.dropped)
+        return self.quarantined + len(self.dropped)
 
     @property
     def listed(self) -> dict[str, str]:
         """Reason, which names file and row, -> id of all that are bad."""
-        return self.earlier | {entry.reason: entry.id for entry in self.bad.values()}
+        return self.earlier | {entry.reason: entry.id for entry in [*self.aside.values(), *self.bad.values()]}
 
     def note(self, unreadable: Sequence["Unreadable"], *, seen: int = 0) -> None:
         """Count a batch, of which `seen` samples were not seen before.
@@ -155,23 +165,40 @@ class BadSamples:
             TrainingError: too many samples are bad.
         """
         self.seen += seen
-        for entry in unreadable:
-            listed = self.dropped if entry.dropped else self.bad
-            if not entry.dropped and entry.key not in listed:
-                logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
-            listed[entry.key] = entry
+        self._list(unreadable, self.bad)
         if not self.shared:
             self.check()
 
+    def set_aside(self, unreadable: Sequence["Unreadable"], *, seen: int, of: int) -> None:
+        """Count samples that no pack holds, of a mixture of so many; `seen` of them were not seen before.
+
+        Raises:
+            TrainingError: too many of the mixture's samples are bad.
+        """
+        self.seen += seen
+        self._unpacked += seen
+        self._list(unreadable, self.aside)
+        self._judge(self.aside, of, of)
+
     def check(self) -> None:
         """Raises TrainingError if too many samples are bad."""
-        count = max(self.seen, self.expected)
-        if len(self.bad) > max(1.0, self.limit * count):
-            listed = "; ".join(f"{entry.id}: {entry.reason}" for entry in list(self.bad.values())[:5])
-            of = f" of {count}" if count > self.seen else ""
+        seen = self.seen - self._unpacked
+        self._judge(self.bad, seen, max(seen, self.expected))
+
+    def _list(self, unreadable: Sequence["Unreadable"], bad: dict[Key, "Unreadable"]) -> None:
+        for entry in unreadable:
+            listed = self.dropped if entry.dropped else bad
+            if not entry.dropped and entry.key not in listed:
+                logging.getLogger(__name__).warning("skipped %s: %s", entry.id, entry.reason)
+            listed[entry.key] = entry
+
+    def _judge(self, bad: dict[Key, "Unreadable"], seen: int, count: int) -> None:
+        if len(bad) > max(1.0, self.limit * count):
+            listed = "; ".join(f"{entry.id}: {entry.reason}" for entry in list(bad.values())[:5])
+            of = f" of {count}" if count > seen else ""
             raise TrainingError(
-                f"{len(self.bad)} of {self.seen} samples are unreadable, more than data.max_bad_fraction = "
-                f"{self.limit:g} allows{of}: {listed}"
+                f"{len(bad)} of {seen} samples are unreadable, more than data.max_bad_fraction = {self.limit:g} "
+                f"allows{of}: {listed}"
             )
 
 
@@ -369,16 +396,23 @@ class Samples:
             packs=None if packs is None else [int(packs[place]) for place in kept],
         )
 
-    def over_long(self, rows: Sequence[int] | np.ndarray, limits: PackingConfig) -> list[Unreadable]:
-        """Samples as left out because they alone pass a limit of packs."""
+    def set_aside(self, lengths: Lengths, limits: PackingConfig) -> None:
+        """Count what no pack holds: what alone passes a limit of packs, what a rule leaves out, what is bad.
+
+        Raises:
+            TrainingError: too many samples are bad.
+        """
         images = "" if limits.max_images is None else f" and {limits.max_images} images"
-        reason = f"longer than a pack of {limits.max_tokens} tokens{images}"
+        rule = f"longer than a pack of {limits.max_tokens} tokens{images}"
+        over_long = lengths.over_long(limits)
         found = []
-        for row in rows:
+        for row, reason in [*((row, None) for row in over_long), *zip(lengths.faults, lengths.reasons, strict=True)]:
             source, index = self.mixture.locate(int(row))
-            where = f"{source.rows.where(index)}: {reason}"
-            found.append(Unreadable((self.role, int(row)), source.id(index), where, dropped=True))
-        return found
+            why = reason or f"{source.rows.where(index)}: {rule}"
+            dropped = lengths.tokens[row] != BAD
+            found.append(Unreadable((self.role, int(row)), source.id(index), why, dropped=dropped))
+        new = self.see(np.concatenate([over_long, lengths.faults]))
+        self.bad.set_aside(found, seen=new, of=len(self.mixture))
 
     def finish(self, loaded: Loaded, *, seen: int = 0) -> Batch:
         """What the model takes.
