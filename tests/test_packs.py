@@ -186,6 +186,22 @@ def test_lengths_are_those_of_the_samples_and_are_kept(mixture, tmp_path, monkey
         measure(mixture, prompter(template="See <image>"), directory=tmp_path / "packs")
 
 
+def test_another_chat_template_gives_other_lengths(tmp_path):
+    """A base model and its chat variant often share all else of a tokenizer."""
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    mixture = open_mixture([DataSource(dataset=str(tmp_path / "chats.jsonl"), conversation="messages")])
+    lengths = []
+    for words in ("", "I am a helpful assistant. "):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = words + "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+        own = Prompter(tokenizer, PromptConfig(), visual_tokens=4)
+        found = measure(mixture, own, directory=tmp_path / "packs").tokens.tolist()
+        assert found == [len(own.encode(mixture.sample(0).text))]
+        lengths.append(found)
+    assert lengths[0] < lengths[1]
+
+
 def test_a_damaged_file_is_no_plan(mixture, tmp_path):
     lengths = measure(mixture, prompter(), directory=tmp_path / "packs")
     _, path = plan_packs(lengths, PackingConfig(max_tokens=64), directory=tmp_path / "packs")

@@ -30,6 +30,7 @@ class LengthKey:
     tokenizer: str
     """The hash of the tokenizer: a transfer changes it, and with it every length."""
     prompt: str
+    """Its words, its limit, and the LLM's chat template, which no hash of a tokenizer covers."""
     visual_tokens: str
     """How many an image gets, and what stands around them."""
 

@@ -81,10 +81,11 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
     Raises:
         IntegrityError: what is kept is damaged.
     """
+    said = [prompter.config.model_dump(mode="json"), prompter.max_tokens, prompter.tokenizer.chat_template]
     key = LengthKey(
         data=hashlib.sha256("\n".join(source.fingerprint for source in mixture.sources).encode()).hexdigest(),
         tokenizer=tokenizer_sha256(prompter.tokenizer),
-        prompt=json.dumps([prompter.config.model_dump(mode="json"), prompter.max_tokens], sort_keys=True),
+        prompt=json.dumps(said, sort_keys=True),
         visual_tokens=str(prompter.visual_tokens) if prompter.layouts is None else prompter.layouts.key,
     )
     path = _file(asdict(key), directory, "lengths")
