@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from tiny_training import (
     train,
 )
 
+from vpgtrans.data.config import PackingConfig
 from vpgtrans.data.mixture import Mixture
+from vpgtrans.data.packs import measure
 from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.llm import block_linears
 from vpgtrans.recipe import TrainerConfig
@@ -27,7 +30,7 @@ from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.fit import StageRun, count_updates
-from vpgtrans.training.loading import SampleDraws, Updates, Validator
+from vpgtrans.training.loading import SampleDraws, Updates, Validator, pack_draws
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import CaptionObjective, WordObjective, build_objectives
 from vpgtrans.training.parts import part_module, put_state, set_trainable, table, take_state
@@ -437,16 +440,36 @@ def test_a_validation_set_without_a_readable_image_stops_the_run(root, tmp_path)
 def test_budgets_in_samples_and_in_tokens(root):
     vlm, mixture = build_vlm(root), mixtures()["train"]
     prompter = vlm.splice.prompter
-    assert count_updates(one_stage(budget={"samples": 13}).stages[0], mixture, prompter, per_update=4) == 4
+
+    def counted(**changes: Any) -> int:
+        stage = one_stage(**changes).stages[0]
+        return count_updates(stage, SampleDraws(mixture, seed=0, stage=stage), prompter)
+
+    assert counted(budget={"samples": 13}) == 4
     lengths = [len(vlm.llm.tokenizer.encode(caption)) + 1 for caption in [mixture.caption(row) for row in range(14)]]
     mean = sum(lengths) / len(lengths)
     assert min(lengths) < mean < max(lengths)
-    stage = one_stage(budget={"tokens": 500}).stages[0]
-    assert count_updates(stage, mixture, prompter, per_update=4) == math.ceil(math.ceil(500 / mean) / 4)
-    double = one_stage(budget={"tokens": 500}, micro_batch_size=2).stages[0]
-    assert count_updates(double, mixture, prompter, per_update=4) == count_updates(
-        stage, mixture, prompter, per_update=4
-    )
+    assert counted(budget={"tokens": 500}) == math.ceil(math.ceil(500 / mean) / 4)
+    assert counted(budget={"tokens": 500}, micro_batch_size=2) == counted(budget={"tokens": 500})
+
+
+@pytest.mark.parametrize("most", [30, 12])
+def test_budgets_of_packs_are_met_by_the_nearest_number(root, most):
+    """Also where samples that no pack holds have the longest answers."""
+    vlm, mixture = build_vlm(root), mixtures()["train"]
+    prompter, limits = vlm.splice.prompter, PackingConfig(max_tokens=most)
+    lengths = measure(mixture, prompter)
+    fit = np.flatnonzero(lengths.tokens <= most)
+    assert len(fit) == len(mixture) if most == 30 else 0 < len(fit) < len(mixture)
+    answers = [prompter.encode(mixture.sample(row).text).answers for row in fit.tolist()]
+    for budget, samples in (("samples", 40), ("tokens", 40 * sum(answers) / len(answers))):
+        stage = one_stage(budget={budget: int(samples)}).stages[0]
+        draws = pack_draws(mixture, lengths, limits, stage, seed=0, index=0)
+        wanted = max(1, round(40 / draws.per_update))
+        assert count_updates(stage, draws, prompter) == wanted
+        assert abs(wanted * draws.per_update - 40) <= draws.per_update / 2
+    one = one_stage(budget={"samples": 1}).stages[0]
+    assert count_updates(one, pack_draws(mixture, lengths, limits, one, seed=0, index=0), prompter) == 1
 
 
 def updates(seed: int, *, start: int = 0, first_sample: int = 0, stop: int = 9) -> list[list[int]]:

@@ -67,10 +67,12 @@ class Lengths:
 
     def over_long(self, limits: PackingConfig) -> np.ndarray:
         """Samples that alone pass a limit of packs, int64 [k]."""
-        too_long = (self.tokens > limits.max_tokens) & (self.tokens < BAD)
-        if limits.max_images is not None:
-            too_long |= (self.images > limits.max_images) & (self.tokens < BAD)
-        return np.flatnonzero(too_long)
+        return np.flatnonzero(~self.fit(limits) & (self.tokens < BAD))
+
+    def fit(self, limits: PackingConfig) -> np.ndarray:
+        """Which samples some pack holds, bool [n]."""
+        fit = self.tokens <= limits.max_tokens
+        return fit if limits.max_images is None else fit & (self.images <= limits.max_images)
 
 
 def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = None) -> Lengths:
@@ -104,8 +106,8 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
                 reasons.append(str(error))
             else:
                 tokens[row], images[row] = len(encoded), encoded.images
-        said = np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)
-        write_arrays(path, {"tokens": tokens, "images": images, "reasons": said}, key=asdict(key))
+        why = np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)
+        write_arrays(path, {"tokens": tokens, "images": images, "reasons": why}, key=asdict(key))
     return Lengths(tokens, images, key, reasons)
 
 

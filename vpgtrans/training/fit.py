@@ -54,10 +54,8 @@ def boundary(stage: Stage, augmentation: AugmentConfig | None, *, native: bool =
     return level, stage.cache_features is not False
 
 
-def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter, *, per_update: float) -> int:
-    """A stage's budget in optimizer updates, rounded up; one in tokens by the mean answer's length.
-
-    per_update: samples of an update.
+def count_updates(stage: Stage, draws: Draws, prompter: Prompter) -> int:
+    """A stage's budget in optimizer updates; one in tokens by the mean answer's length.
 
     Raises:
         DataError: none of the samples looked at is readable.
@@ -66,15 +64,15 @@ def count_updates(stage: Stage, mixture: Mixture, prompter: Prompter, *, per_upd
     if samples is None:
         assert stage.budget.tokens is not None
         lengths = []
-        drawn = mixture.draws(0, 0, min(1000, len(mixture))).tolist()
-        next(mixture.readable(drawn))  # raises where none is
+        drawn = draws.typical().tolist()
+        next(draws.mixture.readable(drawn))  # raises where none is
         for row in drawn:
             with contextlib.suppress(DataError):  # left out when its batch comes
-                lengths.append(mixture.encode(row, prompter).answers)
+                lengths.append(draws.mixture.encode(row, prompter).answers)
         if not sum(lengths):
             raise DataError(f"stage {stage.name}: its budget is in tokens, and no sample looked at has an answer")
         samples = math.ceil(stage.budget.tokens * len(lengths) / sum(lengths))
-    return math.ceil(samples / per_update)
+    return draws.updates(samples)
 
 
 class RunLog:
@@ -224,7 +222,7 @@ class StageRun:
         if recipe.data.packing is not None:
             vlm.splice.isolate(recipe.trainer.attention, longest=recipe.data.packing.max_tokens)
         draws = self._draws(samples, index)
-        self.updates = count_updates(stage, train, prompter, per_update=draws.per_update)
+        self.updates = count_updates(stage, draws, prompter)
         every = stage.validate_every or math.ceil(self.updates / 10) * draws.per_update
         self.validate_every = max(1, round(every / draws.per_update))
         self.data = Updates(

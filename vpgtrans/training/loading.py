@@ -22,6 +22,8 @@ _STRETCH = 1 << 16
 """Draws that are looked at together."""
 _APART = 15_485_863
 """Between the seeds of two stages' packs."""
+_TYPICAL = 1000
+"""Samples by which the length of others' answers is estimated."""
 _PLACES = 1 << 20
 """More samples than a pack has."""
 
@@ -39,10 +41,19 @@ class Draws(ABC):
     """Which samples an update of a stage holds, on how many devices whatsoever.
 
     Attributes:
-        per_update: samples of an update, on average.
+        mixture: where samples are drawn from. per_update: samples of an update, on average.
     """
 
+    mixture: Mixture
     per_update: float
+
+    @abstractmethod
+    def updates(self, samples: int) -> int:
+        """How many updates a budget of so many samples is."""
+
+    @abstractmethod
+    def typical(self) -> np.ndarray:
+        """At most `_TYPICAL` samples that may come up, the same ones for every seed."""
 
     @abstractmethod
     def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
@@ -68,6 +79,12 @@ class SampleDraws(Draws):
         self.batch_size = stage.batch_size
         self.first_sample = first_sample
         self.per_update = float(stage.batch_size)
+
+    def updates(self, samples: int) -> int:
+        return -(-samples // self.batch_size)
+
+    def typical(self) -> np.ndarray:
+        return self.mixture.draws(0, 0, min(_TYPICAL, len(self.mixture)))
 
     def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
         first = self.first_sample + number * self.batch_size
@@ -96,9 +113,18 @@ class PackDraws(Draws):
 
     def __init__(self, order: PackOrder, *, stage: Stage):
         self.order = order
+        self.mixture = order.mixture
         self.stage = stage
         self.packs = max(1, round(stage.batch_size / order.samples_per_pack))
         self.per_update = self.packs * order.samples_per_pack
+
+    def updates(self, samples: int) -> int:
+        """The nearest number: packs that hold a little less than the batch size are no reason for one more update."""
+        return max(1, round(samples / self.per_update))
+
+    def typical(self) -> np.ndarray:
+        drawn = self.mixture.draws(0, 0, len(self.mixture))
+        return drawn[self.order.lengths.fit(self.order.limits)[drawn]][:_TYPICAL]
 
     def update(self, number: int, *, rank: int = 0, world: int = 1) -> Drawn:
         numbers = range(number * self.packs, (number + 1) * self.packs)
