@@ -1,6 +1,7 @@
 """Packs in the order of a run: what is drawn, what is kept on disk, what is refused."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,21 @@ def test_ranks_get_as_many_packs_and_together_the_update(lengths, batch_size, wo
     assert max(Counter(whole.packs.tolist()).values()) <= batch_size
 
 
-def test_the_advice_to_devices_that_cannot_share_is_right():
-    lengths = [10] * 64
-    draws = PackDraws(made(lengths, in_a_batch(PackingConfig(max_tokens=80), 16), Even), stage=stage(16))
-    assert draws.packs == 2
-    with pytest.raises(RecipeError, match=r"batch_size: 32 or data.packing.max_tokens: 40"):
-        draws.check(4)
-    PackDraws(made(lengths, in_a_batch(PackingConfig(max_tokens=80), 32), Even), stage=stage(32)).check(4)
-    PackDraws(made(lengths, in_a_batch(PackingConfig(max_tokens=40), 16), Even), stage=stage(16)).check(4)
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "world"),
+    [([10] * 64, 16, 4), ([2, 3, 4] * 30, 4, 2), ([2, 3, 4] * 30, 21, 5), ([40] * 9, 7, 3), ([30, 9, 1] * 20, 4, 3)],
+    ids=["full by tokens", "full by samples", "not divisible", "two fit", "uneven"],
+)
+def test_the_advice_to_devices_that_cannot_share_is_right(lengths, batch_size, world):
+    def draws(size: int, **more: int) -> PackDraws:
+        limits = in_a_batch(PackingConfig(max_tokens=80, **more), size)
+        return PackDraws(made(lengths, limits, Even), stage=stage(size))
+
+    with pytest.raises(RecipeError) as raised:
+        draws(batch_size).check(world)
+    said = re.search(r"right would be (?:batch_size: (\d+) with )?data.packing.max_samples: (\d+)$", str(raised.value))
+    assert said is not None
+    draws(int(said[1] or batch_size), max_samples=int(said[2])).check(world)
 
 
 # --- on disk --------------------------------------------------------------------------------------

@@ -168,6 +168,10 @@ class PackOrder:
         self._plan = plan
         self._ends = [0]
 
+    def within(self, limits: PackingConfig) -> "PackOrder":
+        """The same samples in packs of other limits."""
+        return PackOrder(self.mixture, self.lengths, self.lengths.plan(limits), limits, seed=self.seed)
+
     def packs(self, start: int, stop: int) -> list[np.ndarray]:
         """The samples of the run's packs number `start` to `stop`, int64 [k] each."""
         found: list[np.ndarray] = []

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -115,12 +116,12 @@ class PackDraws(Draws):
         self.order = order
         self.mixture = order.mixture
         self.stage = stage
-        self.packs = max(1, round(stage.batch_size / order.samples_per_pack))
+        self.packs = _nearest(stage.batch_size, order.samples_per_pack)
         self.per_update = self.packs * order.samples_per_pack
 
     def updates(self, samples: int) -> int:
         """The nearest number: packs that hold a little less than the batch size are no reason for one more update."""
-        return max(1, round(samples / self.per_update))
+        return _nearest(samples, self.per_update)
 
     def typical(self) -> np.ndarray:
         drawn = self.mixture.draws(0, 0, len(self.mixture))
@@ -136,14 +137,33 @@ class PackDraws(Draws):
     def check(self, world: int) -> None:
         if not self.packs % world:
             return
-        even = -(-self.packs // world) * world
-        smaller = self.order.limits.max_tokens * self.packs // even
-        larger = -(-self.stage.batch_size * even // self.packs)
+        limits = self.order.limits
         raise RecipeError(
             f"stage {self.stage.name}: an update of about {self.stage.batch_size} samples is {self.packs} pack(s), "
-            f"each of at most {self.order.limits.max_tokens:,} tokens, which {world} devices can't share evenly; right "
-            f"would be batch_size: {larger} or data.packing.max_tokens: {smaller}"
+            f"each of at most {limits.max_tokens:,} tokens and {limits.max_samples} samples, which {world} devices "
+            f"can't share evenly; right would be {self._evenly(world)}"
         )
+
+    def _evenly(self, world: int) -> str:
+        """What a recipe is to say instead; tried out, because packs may be full by tokens, images or samples."""
+        size, most = self.stage.batch_size, self.order.limits.max_samples or self.stage.batch_size
+        larger = range(size // world * world + world, 2 * size + world, world)
+        for batch_size, packs in product((size, *larger), (world, 2 * world, 3 * world)):
+            samples = batch_size // packs
+            if 0 < samples <= most and not self._packs(batch_size, samples) % world:
+                also = f"batch_size: {batch_size} with " if batch_size > size else ""
+                return f"{also}data.packing.max_samples: {samples}"
+        return "another batch_size or other limits of packs"
+
+    def _packs(self, batch_size: int, max_samples: int) -> int:
+        """Packs of an update, if it were of so many samples, and a pack too."""
+        limits = self.order.limits.model_copy(update={"max_samples": max_samples})
+        return _nearest(batch_size, self.order.within(limits).samples_per_pack)
+
+
+def _nearest(whole: int, part: float) -> int:
+    """How many parts are about a whole, at least one."""
+    return max(1, round(whole / part))
 
 
 def pack_draws(
