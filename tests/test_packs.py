@@ -70,6 +70,11 @@ def stage(batch_size: int) -> Stage:
     )
 
 
+def test_a_sample_that_is_none_is_never_in_a_pack():
+    with pytest.raises(ValueError, match="less than or equal to 1073741824"):
+        PackingConfig(max_tokens=BAD)
+
+
 some_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=60).filter(lambda lengths: min(lengths) <= 40)
 
 
@@ -227,3 +232,12 @@ def test_nothing_fits(mixture, tmp_path):
     lengths = measure(mixture, prompter(), directory=tmp_path / "packs")
     with pytest.raises(DataError, match=r"no sample fits a pack of 2 tokens; the shortest has \d+"):
         plan_packs(lengths, PackingConfig(max_tokens=2), directory=tmp_path / "packs")
+
+
+@pytest.mark.parametrize("kind", [Weighted, Streamed])
+def test_nothing_that_is_drawn_fits(kind):
+    """A source whose samples fit may be drawn less than once in an epoch."""
+    order = made([50] * 20 + [5], PackingConfig(max_tokens=40), kind)
+    order.mixture.order = lambda seed, epoch: np.arange(20)
+    with pytest.raises(DataError, match="no sample of the first epoch fits a pack of 40 tokens"):
+        PackDraws(order, stage=stage(4))

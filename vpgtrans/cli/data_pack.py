@@ -6,6 +6,7 @@ import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_arguments
+from vpgtrans.data.config import LONGEST_PACK
 
 
 @click.command(
@@ -18,7 +19,9 @@ from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_argu
     """,
 )
 @recipe_arguments
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of a pack [default: data.packing].")
+@click.option(
+    "--max-tokens", type=click.IntRange(1, LONGEST_PACK), metavar="N", help="Tokens of a pack [default: data.packing]."
+)
 @click.option("--max-images", type=click.IntRange(min=1), metavar="N", help="Images of a pack [default: data.packing].")
 @click.option(
     "--max-samples", type=click.IntRange(min=1), metavar="N", help="Samples of a pack [default: data.packing]."
@@ -35,7 +38,8 @@ def command(
 ) -> None:
     """Plan packs of a recipe's training samples: each sample once, in as few packs as can be found.
 
-    Lengths are those that the target's tokenizer, the prompt and the source's visual tokens give; no image is opened.
+    Lengths are those that the target's tokenizer, the prompt and the source's visual tokens give. No image is
+    decoded; headers are read where an image's tokens depend on its size.
     The plan is kept, and used again while nothing changes: training draws from it where the recipe has `data.packing`.
     """
     checked = read_recipe(recipe, overrides)

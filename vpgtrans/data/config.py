@@ -9,10 +9,14 @@ from vpgtrans.config import Config
 Format = Literal["auto", "openmoji", "table", "llava", "coco", "vqa", "gqa", "webdataset", "folder", "huggingface"]
 
 
+LONGEST_PACK = 1 << 30
+"""Tokens; what is longer stands for samples that are none."""
+
+
 class PackingConfig(Config):
     """Samples share a row of at most so many tokens, images and samples, without seeing each other."""
 
-    max_tokens: PositiveInt
+    max_tokens: Annotated[int, Field(gt=0, le=LONGEST_PACK)]
     """Tokens of a row, visual ones included. A sample that is longer is left out, and counted."""
     max_images: PositiveInt | None = None
     max_samples: PositiveInt | None = None

@@ -194,15 +194,30 @@ class PackOrder:
 
     @property
     def samples_per_pack(self) -> float:
-        """In the first epoch."""
-        rows, starts = self._epoch(0)
-        return len(rows) / (len(starts) - 1)
+        """In the first epoch; DataError as `tokens_per_pack`."""
+        rows, packs = self._first_epoch
+        return len(rows) / packs
 
     @property
     def tokens_per_pack(self) -> float:
-        """In the first epoch."""
+        """In the first epoch.
+
+        Raises:
+            DataError: nothing that it draws fits a pack.
+        """
+        rows, packs = self._first_epoch
+        return float(self.lengths.tokens[rows].sum()) / packs
+
+    @property
+    def _first_epoch(self) -> tuple[np.ndarray, int]:
+        """Its samples, and how many packs hold them."""
         rows, starts = self._epoch(0)
-        return float(self.lengths.tokens[rows].sum()) / (len(starts) - 1)
+        if not len(rows):
+            raise DataError(
+                f"data.packing: no sample of the first epoch fits a pack of {self.limits.max_tokens:,} tokens; right "
+                "would be longer packs, or more weight for sources whose samples fit"
+            )
+        return rows, len(starts) - 1
 
     @cached_property
     def _epoch(self) -> Any:
@@ -227,7 +242,7 @@ class PackOrder:
         ):
             packs += packer.add(tokens, images)
         packs += packer.finish()
-        return draws[np.concatenate(packs)], np.cumsum([0, *map(len, packs)])
+        return draws[np.concatenate([*packs, np.empty(0, dtype=np.int64)])], np.cumsum([0, *map(len, packs)])
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_epoch"}
