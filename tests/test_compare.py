@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_runs import WARMUP, Tiny, source_keys
 
 from vpgtrans import runs
@@ -100,6 +101,23 @@ def test_the_comparisons_summary_has_the_designs_keys(compared: Any) -> None:
     assert summary["budget"] == {"samples": 32}
     assert (path / "report.html").exists()
     assert (path / "curves.png").exists()
+
+
+def test_packed_seeds_have_a_common_curve_though_their_updates_hold_other_numbers(tiny: Tiny, tmp_path: Path) -> None:
+    texts = ["a cat", "a white cat on a red sofa"]
+    rows = [{"image": "a.png", "caption": texts[row % 3 == 0]} for row in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    train = [{"dataset": str(tmp_path / "rows.jsonl")}]
+    recipe = tiny.transfer_recipe(data={**tiny.data(), "train": train, "packing": {"max_tokens": 34}})
+    arm = runs.compare(recipe, arms=["scratch"], seeds=2, output=tmp_path / "run", device="cpu")["arms"]["scratch"]
+    first, second = ([samples for samples, _ in curve] for curve in arm["curves"])
+    assert first[1:-1] != second[1:-1]
+    assert [samples for samples, _ in arm["curve"]] == sorted(
+        {samples for samples in first + second if samples <= min(first[-1], second[-1])}
+    )
+    starts = [curve[0][1] for curve in arm["curves"]]
+    assert arm["curve"][0] == [0, pytest.approx(sum(starts) / 2)]
 
 
 def test_the_first_seeds_better_rate_counts_and_serves_the_others(compared: Any) -> None:

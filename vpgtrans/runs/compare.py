@@ -6,7 +6,9 @@ transfer    the recipe as it stands
 others      the recipe with that initialiser
 
 inherit runs the first seed at each of `compare.lr_factors` times the recipe's rates; the better one counts and serves
-the other seeds. Every arm sees the same samples in the same order for the same number of samples.
+the other seeds. Every arm sees the same samples in the same order for the same number of samples. With `data.packing`
+that holds within a pack's length, and a stage draws packs in an order of its own: two stages then see another sequence
+than one of the same length.
 """
 
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from vpgtrans.config import InitialiserConfig, VPGConfig
@@ -253,7 +256,13 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
 
 
 def _median_curve(curves: list[Curve]) -> list[list[float]]:
-    """Median over seeds at the samples that every seed was validated at."""
-    tables = [dict(curve) for curve in curves]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
-    return [[samples, median(table[samples] for table in tables)] for samples in shared]
+    """Median over seeds, between the first and the last number of samples that every seed reached.
+
+    Packs hold more or fewer samples, so that seeds are validated at other numbers of them: in between a curve is
+    straight.
+    """
+    columns = [np.array(curve).T for curve in curves]
+    grid = np.unique([samples for curve in curves for samples, _ in curve])
+    grid = grid[(grid >= max(samples[0] for samples, _ in columns)) & (grid <= min(s[-1] for s, _ in columns))]
+    values = np.median([np.interp(grid, samples, losses) for samples, losses in columns], axis=0)
+    return [[samples, loss] for samples, loss in zip(grid.tolist(), values.tolist(), strict=True)]
