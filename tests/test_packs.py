@@ -199,6 +199,26 @@ def test_lengths_are_those_of_the_samples_and_are_kept(mixture, tmp_path, monkey
         measure(mixture, prompter(template="See <image>"), directory=tmp_path / "packs")
 
 
+def test_an_interrupted_count_goes_on(mixture, tmp_path, monkeypatch):
+    whole = measure(mixture, prompter(), directory=tmp_path / "whole")
+    monkeypatch.setattr("vpgtrans.data.packs.KEPT_EVERY", 0.0)
+    encode, counted = Mixture.encode, []
+
+    def until(self: Mixture, row: int, own: Prompter) -> Any:
+        counted.append(row)
+        if counted == list(range(42)):
+            raise KeyboardInterrupt
+        return encode(self, row, own)
+
+    monkeypatch.setattr(Mixture, "encode", until)
+    with pytest.raises(KeyboardInterrupt):
+        measure(mixture, prompter(), directory=tmp_path / "packs")
+    found = measure(mixture, prompter(), directory=tmp_path / "packs")
+    assert counted[42:] == [41, 42]
+    assert (found.tokens.tolist(), found.reasons) == (whole.tokens.tolist(), whole.reasons)
+    assert found.images.tolist() == whole.images.tolist()
+
+
 def test_another_chat_template_gives_other_lengths(tmp_path):
     """A base model and its chat variant often share all else of a tokenizer."""
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]

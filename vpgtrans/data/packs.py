@@ -6,8 +6,8 @@ lengths of all samples ──pack──▶ plan ──shuffled every epoch──
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from vpgtrans.references import cache_dir
 _LOGGER = logging.getLogger(__name__)
 LEFT_OUT, BAD = np.iinfo(np.int32).max, np.iinfo(np.int32).max - 1
 """In the place of a length: a sample that a rule leaves out, and one that can't be read. Longer than any pack."""
-_WHAT = "table of lengths"
+KEPT_EVERY = 30.0
+"""Seconds between two times that what was counted is kept: an interrupted count goes on from there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Lengths:
     tokens: np.ndarray
     images: np.ndarray
     key: LengthKey
-    reasons: Sequence[str] = ()
+    reasons: list[str] = field(default_factory=list)
     """Why, of each sample that is left out or bad, in order."""
 
     @property
@@ -92,23 +93,40 @@ def measure(mixture: Mixture, prompter: Prompter, *, directory: Path | None = No
     )
     path = _file(asdict(key), directory, "lengths")
     with _locked(path):
-        if path.is_file():
-            kept = read_arrays(path, ("tokens", "images", "reasons"), key=asdict(key), what=_WHAT)
-            return Lengths(kept["tokens"], kept["images"], key, json.loads(kept["reasons"].tobytes()))
-        reasons: list[str] = []
-        tokens, images = np.empty((2, len(mixture)), dtype=np.int32)
-        images[:] = 0
-        for row in track(range(len(mixture)), "counting tokens"):
+        lengths = _kept(path, key)
+        if lengths is None:
+            tokens, images = np.zeros((2, len(mixture)), dtype=np.int32)
+            lengths = Lengths(tokens, images, key)
+        uncounted = np.flatnonzero(lengths.tokens == 0)
+        last = time.monotonic()
+        for row in track(uncounted.tolist(), "counting tokens"):
             try:
                 encoded = mixture.encode(row, prompter)
             except DataError as error:
-                tokens[row] = LEFT_OUT if isinstance(error, Dropped) else BAD
-                reasons.append(str(error))
+                lengths.tokens[row] = LEFT_OUT if isinstance(error, Dropped) else BAD
+                lengths.reasons.append(str(error))
             else:
-                tokens[row], images[row] = len(encoded), encoded.images
-        why = np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)
-        write_arrays(path, {"tokens": tokens, "images": images, "reasons": why}, key=asdict(key))
-    return Lengths(tokens, images, key, reasons)
+                lengths.tokens[row], lengths.images[row] = len(encoded), encoded.images
+            if time.monotonic() - last > KEPT_EVERY:
+                _keep(lengths, path)
+                last = time.monotonic()
+        if len(uncounted):
+            _keep(lengths, path)
+    return lengths
+
+
+def _kept(path: Path, key: LengthKey) -> Lengths | None:
+    """What was counted so far; samples that were not have 0 tokens."""
+    if not path.is_file():
+        return None
+    kept = read_arrays(path, ("tokens", "images", "reasons"), key=asdict(key), what="table of lengths")
+    return Lengths(kept["tokens"], kept["images"], key, json.loads(kept["reasons"].tobytes()))
+
+
+def _keep(lengths: Lengths, path: Path) -> None:
+    reasons = np.frombuffer(json.dumps(lengths.reasons).encode(), dtype=np.uint8)
+    arrays = {"tokens": lengths.tokens, "images": lengths.images, "reasons": reasons}
+    write_arrays(path, arrays, key=asdict(lengths.key))
 
 
 def plan_packs(lengths: Lengths, limits: PackingConfig, *, directory: Path | None = None) -> tuple[PackPlan, Path]:
