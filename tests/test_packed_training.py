@@ -170,6 +170,13 @@ def test_what_is_wrong_is_said_before_anything_is_written(recipe, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
+def test_a_probe_packs_nothing(recipe):
+    """So it asks nothing of packs: it may run on another machine than the training."""
+    result = invoke("probe", recipe, PACKED, "trainer.devices=3", "--json")
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in json.loads(result.stdout) if row["chosen"]]
+
+
 def test_a_family_that_mixes_samples_is_refused(tmp_path, monkeypatch, root):
     monkeypatch.setattr("vpgtrans.isolation.isolation_error", lambda llm, isolation: (0.5, 0.5))
     with pytest.raises(RecipeError, match=r"can't be isolated in one row .* leave out data\.packing"):

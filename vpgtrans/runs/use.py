@@ -106,7 +106,9 @@ def probe(
     check_references(recipe)
     train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
     # All kinds are tried whichever the recipe takes, its other settings kept.
-    recipe = recipe.model_copy(update={"initialiser": recipe.initialiser.model_copy(update={"kind": "auto"})})
+    tried = recipe.initialiser.model_copy(update={"kind": "auto"})
+    data = recipe.data.model_copy(update={"packing": None})  # nothing trains, so no sample need be measured for packs
+    recipe = recipe.model_copy(update={"initialiser": tried, "data": data})
     source = source_of(recipe)
     prepared = prepare(recipe, device=where, source=source, train=train)
     choice = score_candidates(recipe, prepared, validation, each=each)
