@@ -79,8 +79,9 @@ def measure(file: Path, draws: int) -> dict[str, Any]:
     from vpgtrans.data.config import DataSource
     from vpgtrans.data.mixture import open_mixture
     from vpgtrans.recipe import Stage
+    from vpgtrans.training.draws import SampleDraws
     from vpgtrans.training.features import FrozenFront
-    from vpgtrans.training.loading import SampleDraws, Updates
+    from vpgtrans.training.loading import Updates
     from vpgtrans.training.samples import BadSamples, Samples
     from vpgtrans.vision.preprocess import ImageTransform
 

@@ -48,8 +48,9 @@ from vpgtrans.data.config import DataSource
 from vpgtrans.data.mixture import Mixture, open_mixture
 from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Stage
+from vpgtrans.training.draws import SampleDraws
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.loading import SampleDraws, Updates
+from vpgtrans.training.loading import Updates
 from vpgtrans.training.samples import BadSamples, Samples
 from vpgtrans.training.workers import AHEAD
 from vpgtrans.vision.preprocess import ImageTransform, open_image

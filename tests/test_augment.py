@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_training import FINETUNE, Pictures, build_vlm, lines, make_recipe, mixtures, train
 
 from vpgtrans.config import AugmentConfig
+from vpgtrans.training.draws import SampleDraws
 from vpgtrans.training.features import FrozenFront
-from vpgtrans.training.loading import SampleDraws, Updates
+from vpgtrans.training.loading import Updates
 from vpgtrans.training.samples import BadSamples, Samples, View
 from vpgtrans.vision.augment import random_view
 

@@ -31,8 +31,9 @@ from vpgtrans.errors import TrainingError
 from vpgtrans.prompts import Prompter
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training.draws import SampleDraws
 from vpgtrans.training.features import FeatureCache, FrozenFront
-from vpgtrans.training.loading import SampleDraws, Updates
+from vpgtrans.training.loading import Updates
 from vpgtrans.training.samples import BadSamples, Batch, Samples
 from vpgtrans.vision.preprocess import ImageTransform
 

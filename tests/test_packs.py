@@ -21,7 +21,7 @@ from vpgtrans.data.packs import BAD, LEFT_OUT, Lengths, PackOrder, in_a_batch, m
 from vpgtrans.errors import DataError, IntegrityError, RecipeError
 from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Stage
-from vpgtrans.training.loading import PackDraws
+from vpgtrans.training.draws import PackDraws
 
 KEY = LengthKey("data", "tokenizer", "prompt", "4")
 

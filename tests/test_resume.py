@@ -29,7 +29,7 @@ from vpgtrans.data.packs import measure
 from vpgtrans.errors import CheckpointError
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
-from vpgtrans.training.loading import Draws, SampleDraws, pack_draws
+from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.stopping import Stopped, StopSignals
 

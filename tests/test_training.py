@@ -28,9 +28,10 @@ from vpgtrans.llm import block_linears
 from vpgtrans.recipe import TrainerConfig
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training.draws import SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.fit import StageRun, count_updates
-from vpgtrans.training.loading import SampleDraws, Updates, Validator, pack_draws
+from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import CaptionObjective, WordObjective, build_objectives
 from vpgtrans.training.parts import part_module, put_state, set_trainable, table, take_state

@@ -8,7 +8,7 @@ from vpgtrans.data.packs import measure, plan_packs
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.data import open_prompters
-from vpgtrans.training.loading import pack_draws
+from vpgtrans.training.draws import pack_draws
 
 
 def data_pack(

@@ -28,7 +28,7 @@ from vpgtrans.runs.parts import (
     visual_tokens,
 )
 from vpgtrans.training.devices import world_size
-from vpgtrans.training.loading import pack_draws
+from vpgtrans.training.draws import pack_draws
 from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise

@@ -27,8 +27,9 @@ from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe, Stage
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
 from vpgtrans.training.devices import data_workers, trainer_devices
+from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront, Level
-from vpgtrans.training.loading import Draws, SampleDraws, Updates, Validator, pack_draws
+from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
