@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]
-"""Rows and columns."""
+from vpgtrans.layout import Grid
 
 
 def fit(grid: Grid, tokens: int, *, most: Grid) -> Grid:

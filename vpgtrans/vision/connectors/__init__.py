@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from vpgtrans.config import ConnectorConfig
+from vpgtrans.layout import Grid
 from vpgtrans.vision.connectors.base import Connector
 from vpgtrans.vision.connectors.grids import GridConnector, Identity, Merge, PixelShuffle, Pool, PooledQueries
 from vpgtrans.vision.connectors.queries import CrossAttention, QFormer, QueryConnector, Resampler, ResamplerLayer
-from vpgtrans.vision.grid import Grid
 
 __all__ = [
     "Connector",

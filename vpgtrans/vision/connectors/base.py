@@ -14,7 +14,7 @@ from vpgtrans.config import (
     ResamplerConnectorConfig,
 )
 from vpgtrans.errors import RecipeError
-from vpgtrans.vision.grid import Grid
+from vpgtrans.layout import Grid
 
 AttentionConfig = (
     QFormerConnectorConfig | ResamplerConnectorConfig | CrossAttentionConnectorConfig | PooledQueriesConnectorConfig

@@ -14,8 +14,9 @@ from vpgtrans.config import (
     PooledQueriesConnectorConfig,
 )
 from vpgtrans.errors import RecipeError
+from vpgtrans.layout import Grid
 from vpgtrans.vision.connectors.base import Connector, check_attention, feed_forward
-from vpgtrans.vision.grid import Grid, average, fit, sincos
+from vpgtrans.vision.grid import average, fit, sincos
 
 
 class GridConnector(Connector):

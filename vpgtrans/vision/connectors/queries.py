@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vpgtrans.config import CrossAttentionConnectorConfig, QFormerConnectorConfig, ResamplerConnectorConfig
+from vpgtrans.layout import Grid
 from vpgtrans.vision.connectors.base import Connector, check_attention, feed_forward
-from vpgtrans.vision.grid import Grid, sincos
+from vpgtrans.vision.grid import sincos
 
 INITIAL_STD = 0.02
 """Of learned queries and positions, as in BERT and BLIP-2."""
