@@ -20,7 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from vpgtrans.config import EncoderConfig, ImageConfig
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.vision import preprocess
-from vpgtrans.vision.preprocess import MAX_PIXELS, ImageTransform, image_config_from, open_image, to_rgb
+from vpgtrans.vision.preprocess import MAX_PIXELS, ImageTransform, image_config_from, image_size, open_image, to_rgb
 
 PROCESSORS = {
     "blip": (BlipImageProcessorPil, {"size": {"height": 40, "width": 40}}),
@@ -171,6 +171,17 @@ def test_unusual_modes_become_8_bit_colour():
     assert open_image(encoded(Image.new("CMYK", (3, 3), (0, 255, 255, 0)), "JPEG")).mode == "RGB"
     assert open_image(encoded(Image.new("1", (3, 3), 1))).getpixel((0, 0)) == (255, 255, 255)
     assert open_image(Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32))).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("container", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_says_the_size_that_the_upright_image_has(container, orientation):
+    image = Image.new("RGB", (40, 20), "red")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    image.save(stream, container, exif=exif)
+    assert image_size(stream.getvalue()) == open_image(stream.getvalue()).size
 
 
 def test_a_camera_held_sideways_is_turned_upright(tmp_path):

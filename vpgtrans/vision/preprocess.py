@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
 from vpgtrans.config import ImageConfig
@@ -66,6 +67,8 @@ def image_size(source: str | Path | bytes) -> tuple[int, int]:
     """
     with _readable(source), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
         width, height = opened.size
+        if isinstance(opened, TiffImageFile):  # its `size` may be turned already
+            width, height = opened.tag_v2[IMAGEWIDTH], opened.tag_v2[IMAGELENGTH]
         # The PNG class's own `getexif` decodes, in search of a chunk behind the pixels.
         turned = Image.Image.getexif(opened).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
