@@ -113,6 +113,11 @@ def test_lite0_at_another_size_is_what_it_would_have_been_from_the_start():
     assert next(encoder.parameters()) is some, "an optimizer holds it"
     assert [parameter.requires_grad for parameter in encoder.parameters()].count(True) == 1
     assert not any(module.training for module in encoder.modules())
+    encoder.train()
+    encoder.set_image(encoder.config.image.model_copy(update={"size": 96}))
+    assert encoder.model.training
+    assert not any(module.training for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    assert encoder.weights_sha256() == hashed, "a batch norm took statistics of what it was measured with"
     with pytest.raises(RecipeError, match="efficientnet-lite0 is built for squares"):
         encoder.set_image(ImageConfig(size=160, fit="native"))
 

@@ -174,7 +174,8 @@ class EfficientNetLite0(Encoder):
             model.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trains[name])  # assigning has switched it on
-            self.model = model.train(self.model.training).to(memory_format=torch.channels_last)
+            self.model = model.to(memory_format=torch.channels_last)
+            self.train(self.training)  # before it measures: a batch norm in training would learn from that
             self.config = config
             self._measure()
         self.config = config
