@@ -14,6 +14,9 @@ QUERIES = "queries"
 NOISE = 0.1
 """Deviation of what is added to a query that copies another one, in units of the queries' RMS."""
 
+_NAMED = 4
+"""Tensors of a kind that a log names."""
+
 
 @dataclass(frozen=True)
 class TakenOver:
@@ -28,9 +31,14 @@ class TakenOver:
 
     @property
     def line(self) -> str:
-        """For a log."""
-        said = [f"{what} {', '.join(names)}" for what, names in asdict(self).items() if names]
+        """For a log: of many names the first ones, which are the connector's own before those of its layers."""
+        said = [f"{what} {_first(names)}" for what, names in asdict(self).items() if names]
         return "; ".join(said) or "it has no tensors"
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def completed(config: ConnectorConfig, source: ConnectorConfig) -> ConnectorConfig:
