@@ -237,6 +237,8 @@ def test_a_recipe_that_says_nothing_of_resolution_has_the_hash_it_had(tiny: Tiny
     ("changes", "stage", "saying"),
     [
         ({"fit": "tiles", "max_tiles": 0}, {}, "resolution.max_tiles: is 0"),
+        ({"fit": "tiles", "max_tiles": 1001}, {}, "resolution.max_tiles: is 1001; right would be a whole number above "
+         "0 and at most 1000"),
         ({"fit": "pad", "thumbnail": True}, {}, "resolution: thumbnail: goes with fit: tiles only, not with pad"),
         ({"fit": "tile"}, {}, "did you mean tiles?"),
         ({"max_tile": 2}, {}, "unknown key max_tile (did you mean max_tiles?)"),

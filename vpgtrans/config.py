@@ -28,6 +28,10 @@ class Config(BaseModel):
 # --- vision -------------------------------------------------------------------------------------
 
 
+MOST_TILES = 1000
+"""Of an image; models take some 40, and a cache counts them in two bytes."""
+
+Tiles = Annotated[int, Field(gt=0, le=MOST_TILES)]
 Fit = Literal["squash", "crop", "pad", "tiles", "native"]
 
 _NEEDED_BY = {"resize": "crop", "max_tiles": "tiles", "thumbnail": "tiles", "whole": "tiles", "max_patches": "native"}
@@ -47,7 +51,7 @@ class ImageConfig(Config):
     fit: Fit = "squash"
     """squash: resize both sides (BLIP-2). crop: resize the short side, cut the centre (CLIP). pad: letterbox. tiles: a
     grid of squares by the aspect ratio, then the whole (InternVL). native: its own size, in whole patches (NaViT)."""
-    max_tiles: PositiveInt | None = Field(default_factory=_with_tiles(6))
+    max_tiles: Tiles | None = Field(default_factory=_with_tiles(6))
     """Of a grid, the thumbnail not counted. Default: 6."""
     thumbnail: bool | None = Field(default_factory=_with_tiles(True))
     """Whether the whole image follows its tiles, if they are several. Default: true."""
@@ -96,7 +100,7 @@ class ResolutionConfig(Config):
     """Side in pixels of a square: of an image, or of each of its tiles."""
     visual_tokens: PositiveInt | None = None
     """Of a square: what the connector is limited to."""
-    max_tiles: PositiveInt | None = None
+    max_tiles: Tiles | None = None
     thumbnail: bool | None = None
     whole: Literal["squash", "pad"] | None = None
     max_patches: PositiveInt | None = None
