@@ -254,6 +254,13 @@ def test_a_wrong_resolution_is_found_in_the_recipe(tiny: Tiny, changes, stage, s
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def test_two_way_attention_in_native_images_is_found_before_anything_is_loaded(tiny: Tiny):
+    recipe = tiny.transfer_recipe(resolution=NATIVE, prompt={"image_attention": "bidirectional"})
+    for look in (validate, data_stats):
+        with pytest.raises(RecipeError, match="bidirectional does not go with fit: native"):
+            look(recipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "stage", "saying"),
     [

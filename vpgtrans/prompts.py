@@ -115,8 +115,9 @@ class Prompter:
         `config.max_tokens` may set a lower one.
 
         Raises:
-            RecipeError: a chat is asked for, and the tokenizer has no chat template.
+            RecipeError: a chat is asked for, and the tokenizer has no chat template; or as `check_attention`.
         """
+        check_attention(config, layouts)
         self.tokenizer = tokenizer
         self.config = config
         self.visual_tokens = visual_tokens
@@ -408,6 +409,12 @@ class Prompter:
         """Whether a word at the start of a text has other ids than inside one; where not, texts are taken alone."""
         behind = self._ids_behind_anchor("a")
         return behind is not None and behind != self._ids("a")
+
+
+def check_attention(config: PromptConfig, layouts: Layouts | None) -> None:
+    """Raises RecipeError where images in their native size are to see both ways: where one ends can't be told."""
+    if config.image_attention == "bidirectional" and layouts is not None and layouts.native:
+        raise RecipeError("prompt.image_attention: bidirectional does not go with fit: native; right would be tiles")
 
 
 def _split_images(text: str) -> tuple[int, str]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig, ResolutionConfig
-from vpgtrans.errors import DataError, RecipeError, TransferError
+from vpgtrans.errors import DataError, TransferError
 from vpgtrans.isolation import Backend, Isolation, isolate, writing
 from vpgtrans.layout import Layout, Layouts, Size
 from vpgtrans.llm import LanguageModel
@@ -68,12 +68,8 @@ class Splice:
         """From now on leave as many places for an image; as `__init__`.
 
         Raises:
-            RecipeError: images in their native size are to see both ways, and where one ends can't be told.
+            RecipeError: as `Prompter`.
         """
-        if prompt.image_attention == "bidirectional" and layouts is not None and layouts.native:
-            raise RecipeError(
-                "prompt.image_attention: bidirectional does not go with fit: native; right would be tiles"
-            )
         self.prompter = Prompter(
             self.llm.tokenizer, prompt, visual_tokens=visual_tokens, layouts=layouts, limit=self.llm.max_tokens
         )

@@ -17,6 +17,7 @@ from vpgtrans.errors import DataError, RecipeError, TransferError
 from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
+from vpgtrans.prompts import check_attention
 from vpgtrans.recipe import Recipe, TrainerConfig
 from vpgtrans.references import pinned, resolve
 from vpgtrans.transfer.connector import TakenOver, exchange
@@ -121,6 +122,7 @@ def outline_of(recipe: Recipe) -> Outline:
     with torch.device("meta"):
         vpg, _ = _exchanged(recipe, outline.vpg.to("meta"))
     set_resolution(vpg, recipe)
+    check_attention(prompt_of(recipe, outline.prompt), vpg.layouts)
     return replace(outline, vpg=vpg)
 
 
