@@ -252,7 +252,7 @@ def test_efficientnet_lite0s_own_classifier_reads_the_features():
 def test_other_efficientnet_weights_and_levels_are_refused(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="blocks 0 to 15"):
         encoders.build(EfficientNetLite0Config(levels=(16,)), load_weights=False)
-    monkeypatch.setattr(encoders, "LITE0_SHA256", "0" * 64)
+    monkeypatch.setattr(encoders.efficientnet, "LITE0_SHA256", "0" * 64)
     with pytest.raises(IntegrityError, match="sha256"):
         encoders.build(EfficientNetLite0Config())
     torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
