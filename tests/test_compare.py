@@ -228,6 +228,16 @@ def test_scratch_keeps_what_was_measured_of_the_encoder(tiny: Tiny, tmp_path: Pa
     assert not torch.equal(fresh.connector.queries, trained.connector.queries)
 
 
+def test_a_curve_holds_losses_at_the_last_stages_resolution_alone(tiny: Tiny, tmp_path: Path) -> None:
+    keys = tiny.transfer_keys()
+    keys["stages"][0]["visual_tokens"] = 2
+    found = runs.compare(parse_recipe(keys), arms=["transfer"], seeds=1, output=tmp_path / "run", device="cpu")
+    lines = (tmp_path / "run" / "arms" / "transfer-seed0" / "metrics.jsonl").read_text().splitlines()
+    sharp = [line for line in map(json.loads, lines) if "val_loss" in line and line["stage"] == "finetune"]
+    assert found["arms"]["transfer"]["curves"] == [[(line["samples"], line["val_loss"]) for line in sharp]]
+    assert sharp[0]["samples"] == 16
+
+
 def test_compare_names_what_it_can_not_compare(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny.transfer_recipe()
     with pytest.raises(RecipeError, match="no arm sideways; known: scratch"):

@@ -9,6 +9,8 @@ inherit runs the first seed at each of `compare.lr_factors` times the recipe's r
 the other seeds. Every arm sees the same samples in the same order for the same number of samples. With `data.packing`
 that holds within a pack's length, and a stage draws packs in an order of its own: two stages then see another sequence
 than one of the same length.
+
+A curve holds the losses of stages that see images as the last one does; others are of another kind.
 """
 
 import json
@@ -240,7 +242,8 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
         initial_seconds=start.seconds,
     )
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
-    curve = {line["samples"]: line["val_loss"] for line in lines if "val_loss" in line}
+    as_last = _as_the_last(chosen)
+    curve = {line["samples"]: line["val_loss"] for line in lines if "val_loss" in line and line["stage"] in as_last}
     result = {
         "arm": arm,
         "seed": seed,
@@ -253,6 +256,12 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
     }
     directory.write("result.json", result)
     return result
+
+
+def _as_the_last(recipe: Recipe) -> set[str]:
+    """Names of the stages at the last one's resolution."""
+    last = recipe.resolution_of(recipe.stages[-1])
+    return {stage.name for stage in recipe.stages if recipe.resolution_of(stage) == last}
 
 
 def _median_curve(curves: list[Curve]) -> list[list[float]]:
