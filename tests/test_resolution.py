@@ -33,6 +33,7 @@ from vpgtrans.prompts import VISUAL, Prompter
 from vpgtrans.training.features import FeatureCache, FrozenFront
 from vpgtrans.training.samples import BadSamples, Samples
 from vpgtrans.vision import connectors, encoders
+from vpgtrans.vision import vpg as vpg_module
 from vpgtrans.vision.preprocess import ImageTransform
 from vpgtrans.vision.vpg import VPG, of_pieces
 from vpgtrans.vlm import VLM
@@ -319,6 +320,22 @@ def test_every_way_through_the_data_gives_the_same_prompts(root, tmp_path, state
     assert [len(text) for text in batch.encoded] == [
         len(samples.mixture.encode(row, vlm.splice.prompter)) for row in (3, 0, 1, 2, 4)
     ]
+
+
+def test_many_tiles_go_through_in_turns(root, tmp_path, monkeypatch):
+    vlm = build_vlm(root).eval()
+    vlm.set_resolution(TILES)
+    image = [noise(90, 84)] * 3
+    expected, sizes = vlm.visual_tokens(image), []
+    encode = vlm.vpg.encode
+    monkeypatch.setattr(vpg_module, "AT_ONCE", 4)
+    monkeypatch.setattr(vlm.vpg, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    torch.testing.assert_close(vlm.visual_tokens(image), expected, rtol=1e-4, atol=1e-5)
+    assert (len(expected), sizes) == (15, [4, 4, 4, 3])
+    sizes.clear()
+    batch = samples_of(vlm, tmp_path, level="tokens", cached=True).fetch([3])
+    torch.testing.assert_close(batch.inputs, vlm.visual_tokens([Shapes().image(3)]), rtol=1e-4, atol=1e-5)
+    assert max(sizes) == 4
 
 
 def test_cached_and_other_images_share_a_batch(root, tmp_path):

@@ -30,7 +30,7 @@ from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
 from vpgtrans.segments import Segments
 from vpgtrans.token_loss import token_nll
 from vpgtrans.vision.preprocess import open_image
-from vpgtrans.vision.vpg import VPG, of_pieces
+from vpgtrans.vision.vpg import VPG, in_turns, of_pieces
 
 Picture = Image.Image | str | Path
 
@@ -277,9 +277,11 @@ class VLM(nn.Module):
         opened = [open_image(image) for image in images]
         pieces = self.vpg.pieces(opened, layouts or self._laid_out(opened))
         first = next(self.vpg.parameters())
-        return of_pieces(
-            pieces, lambda some: self.vpg(self.vpg.transform.scaled(some.to(first.device)).to(first.dtype))
-        )
+
+        def compute(some: Tensor) -> Tensor:
+            return self.vpg(self.vpg.transform.scaled(some.to(first.device)).to(first.dtype))
+
+        return of_pieces(pieces, lambda alike: in_turns(alike, compute))
 
     def prompts(self, images: Sequence[Picture], layouts: Sequence[Layout] = ()) -> Tensor:
         """Images -> visual prompts [B, T, d_llm], or as `visual_tokens`; B may be 0."""

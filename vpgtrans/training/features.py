@@ -27,7 +27,7 @@ from vpgtrans.parts import tensors_sha256
 from vpgtrans.progress import track
 from vpgtrans.references import cache_dir
 from vpgtrans.training.workers import Loader, Work
-from vpgtrans.vision.vpg import VPG, of_pieces
+from vpgtrans.vision.vpg import VPG, in_turns, of_pieces
 
 Level = Literal["pixels", "patches", "tokens"]
 """How far the frozen front reaches: nowhere, through the encoder, through the connector."""
@@ -78,10 +78,11 @@ class FrozenFront:
         assert self.level == "pixels", "no other front is for images of native size"
         return levels
 
-    @torch.no_grad()
     def _frozen(self, levels: Tensor) -> Tensor:
-        if self.level == "pixels":
-            return levels
+        return levels if self.level == "pixels" else in_turns(levels, self._frozen_some)
+
+    @torch.no_grad()
+    def _frozen_some(self, levels: Tensor) -> Tensor:
         parameter = next(self.vpg.encoder.parameters())
         self.vpg.encoder.eval()
         pixels = self.vpg.transform.scaled(levels.to(parameter.device, non_blocking=True))

@@ -21,6 +21,9 @@ from vpgtrans.vision.connectors import Connector
 from vpgtrans.vision.encoders import Encoder
 from vpgtrans.vision.preprocess import ImageTransform
 
+AT_ONCE = 64
+"""Pieces that go through a frozen VPG together: a few images in many tiles each are more than a batch of images."""
+
 
 @dataclass(frozen=True)
 class _Own:
@@ -160,6 +163,11 @@ def of_pieces(pieces: Tensor | Sequence[Tensor], compute: Callable[[Tensor], Ten
     for alike in places.values():
         found |= zip(alike, compute(torch.stack([pieces[place] for place in alike])), strict=True)
     return torch.cat([found[place] for place in range(len(pieces))])
+
+
+def in_turns(pieces: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """As `compute` of all pieces [m, …], where nothing trains: `AT_ONCE` of them at a time."""
+    return torch.cat([compute(some) for some in pieces.split(AT_ONCE)])
 
 
 def build_vpg(config: VPGConfig, *, load_weights: bool = True) -> VPG:
