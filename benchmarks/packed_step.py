@@ -1,6 +1,7 @@
 """What does packing save? Real target tokens a second of a training step, and its peak memory.
 
-    python benchmarks/packed_step.py [--samples 64] [--rounds 5] [--output results/packed_step.json]
+    python benchmarks/packed_step.py [--samples 32] [--rounds 3] [--output results/packed_step.json]
+    python benchmarks/packed_step.py --profile      # which operations take the time, padded and packed
 
 The captions mix of `benchmarks/packing.py` (144 visual tokens and a short text), SmolLM2 135M frozen in bf16; a linear
 projector trains: forward, backward and AdamW. All sides take the same samples, one after another in every round, in
@@ -163,6 +164,29 @@ def peak(side: str) -> None:
     print(span_peak() - before)
 
 
+KINDS = {"mm": "matrix products", "bmm": "attention", "baddbmm": "attention", "_softmax": "attention",
+         "_scaled_dot_product_flash_attention_for_cpu": "attention", "_softmax_backward_data": "attention",
+         "_scaled_dot_product_flash_attention_for_cpu_backward": "attention"}  # fmt: skip
+
+
+def profile() -> None:
+    """Shares of a step of eight samples, by kind of operation, as a table."""
+    bench = Bench(BATCH)
+    bench.splice.isolate("blocks")
+    print("| side | seconds | matrix products | attention | the rest |\n| --- | --- | --- | --- | --- |")
+    for name, packed in ((UNSORTED, False), ("packed", True)):
+        bench.step(range(BATCH), packed=packed)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            bench.step(range(BATCH), packed=packed)
+        times: dict[str, float] = {}
+        for event in seen.key_averages():
+            kind = KINDS.get(event.key.removeprefix("aten::"), "the rest")
+            times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total / 1e6
+        whole = sum(times.values())
+        shares = [f"{times[kind] / whole:.0%}" for kind in ("matrix products", "attention", "the rest")]
+        print(f"| {name} | {whole:.2f} | " + " | ".join(shares) + " |")
+
+
 def _peak_of(side: str) -> int:
     done = subprocess.run(
         [sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True, timeout=600
@@ -172,13 +196,17 @@ def _peak_of(side: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         peak(arguments.peak)
+        return
+    if arguments.profile:
+        profile()
         return
     found = rates(arguments.samples, arguments.rounds)
     memory = {name: _peak_of(name) for name in (UNSORTED, "packed")}
