@@ -43,6 +43,17 @@ def test_every_sample_is_in_a_pack_or_counted(recipe: Path) -> None:
     assert found["packs"] >= 40 / 3
 
 
+def test_samples_in_no_pack_are_named_with_their_reason(recipe: Path) -> None:
+    shown = invoke("data", "pack", recipe, "--max-tokens", "64")
+    assert shown.exit_code == 0, shown.output
+    lines = [line for line in shown.stdout.splitlines() if line.startswith(("over long: ", "left out: ", "bad: "))]
+    assert [line.split(":")[0] for line in lines] == ["over long", "left out", "bad"]
+    assert [f"line {number}: " in line for number, line in zip((43, 41, 42), lines, strict=True)] == [True] * 3
+    loaded = load_recipe(recipe)
+    longest = open_prompter(loaded).encode(open_mixture(loaded.data.train).sample(42).text)
+    assert lines[0].endswith(f"{len(longest)} tokens, 1 image(s)")
+
+
 def test_a_plan_is_used_again_until_something_changes(recipe: Path) -> None:
     first = json.loads(invoke("data", "pack", recipe, "--max-tokens", "64", "--json").stdout)
     again = invoke("data", "pack", recipe, "--max-tokens", "64", "--json")

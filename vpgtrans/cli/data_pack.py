@@ -49,6 +49,12 @@ def command(
     if as_json:
         console.print_json(found)
         return
-    shown = {key: value for key, value in found.items() if key != "stages"} | {"fill": f"{found['fill']:.2%}"}
+    pairs = {key: value for key, value in found.items() if key not in ("named", "stages")}
+    shown = pairs | {"fill": f"{found['fill']:.2%}"}
     console.print_pairs(shown, title=f"{checked.name}: packs of {found['max_tokens']:,} tokens")
+    for line in found["named"]:
+        console.print_line(line)
     console.print_rows(found["stages"], title="an update holds, on average")
+    console.print_line(
+        "a stage's packs hold no more samples than its batch size, so they may be less full than those above"
+    )

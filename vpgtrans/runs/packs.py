@@ -3,12 +3,15 @@
 from typing import Any
 
 from vpgtrans.data.config import PackingConfig
-from vpgtrans.data.mixture import open_mixture
-from vpgtrans.data.packs import measure, plan_packs
+from vpgtrans.data.mixture import Mixture, open_mixture
+from vpgtrans.data.packs import LEFT_OUT, Lengths, measure, plan_packs
 from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.data import open_prompters
 from vpgtrans.training.draws import pack_draws
+
+_SHOWN = 3
+"""Samples in no pack that are named, of each kind."""
 
 
 def data_pack(
@@ -23,8 +26,8 @@ def data_pack(
 
     Returns:
         fill, packs, samples, tokens, tokens_per_pack, images_per_pack, samples_per_pack, the limits; dropped: samples
-        in no pack, and of them over_long (they alone pass a limit), left_out (by a rule of the data) and bad; plan: the
-        file; stages: of each stage packs, samples and tokens of an update, on average.
+        in no pack, and of them over_long (they alone pass a limit), left_out (by a rule) and bad; named: the first
+        of each kind, and why; plan: the file; stages: of each stage packs, samples and tokens of an update, on average.
 
     Raises:
         ReferenceError_, DataError, RecipeError: the tokenizer, the source or the data don't open, nothing fits, or
@@ -45,6 +48,7 @@ def data_pack(
         "left_out": lengths.left_out,
         "bad": lengths.bad,
         "over_long": len(lengths.over_long(limits)),
+        "named": _named(mixture, lengths, limits),
         "plan": str(path),
         "stages": [],
     }
@@ -61,3 +65,15 @@ def data_pack(
             }
         )
     return found
+
+
+def _named(mixture: Mixture, lengths: Lengths, limits: PackingConfig) -> list[str]:
+    """The first samples of each kind that no pack holds: where they are, and why."""
+    found: dict[str, list[str]] = {"over long": [], "left out": [], "bad": []}
+    for row in lengths.over_long(limits)[:_SHOWN]:
+        source, index = mixture.locate(int(row))
+        size = f"{lengths.tokens[row]:,} tokens, {lengths.images[row]:,} image(s)"
+        found["over long"].append(f"{source.rows.where(index)}: {size}")
+    for row, reason in zip(lengths.faults, lengths.reasons, strict=True):
+        found["left out" if lengths.tokens[row] == LEFT_OUT else "bad"].append(reason)
+    return [f"{kind}: {why}" for kind, all_of_it in found.items() for why in all_of_it[:_SHOWN]]
