@@ -304,9 +304,9 @@ def test_packing_without_a_stated_length_counts_on_the_longest(tmp_path):
     [
         ("varlen", "needs a GPU (the LLM is on cpu)"),
         ("flex_attention", "needs a GPU (the LLM is on cpu)"),
-        ("flash_attention_2", "needs a flash-attn of this generation, which is not installed"),
-        ("flash_attention_3", "needs a flash-attn of this generation, which is not installed"),
-        ("flash_attention_4", "needs a flash-attn of this generation, which is not installed"),
+        ("flash_attention_2", "needs flash-attn 2, which is not installed"),
+        ("flash_attention_3", "needs flash-attn 3, which is not installed"),
+        ("flash_attention_4", "needs flash-attn 4, which is not installed"),
     ],
 )
 def test_a_back_end_that_is_not_there_is_refused(llms, wanted, why):

@@ -177,6 +177,13 @@ def test_a_probe_packs_nothing(recipe):
     assert [row["name"] for row in json.loads(result.stdout) if row["chosen"]]
 
 
+def test_validate_warns_of_a_back_end_that_this_machine_lacks(recipe):
+    result = invoke("validate", recipe, PACKED, "trainer.attention=flash_attention_2")
+    assert result.exit_code == 0, result.output
+    assert "trainer.attention: flash_attention_2 needs flash-attn 2" in result.stderr
+    assert "trainer.attention" not in invoke("validate", recipe, PACKED).stderr
+
+
 def test_a_family_that_mixes_samples_is_refused(tmp_path, monkeypatch, root):
     monkeypatch.setattr("vpgtrans.isolation.isolation_error", lambda llm, isolation: (0.5, 0.5))
     with pytest.raises(RecipeError, match=r"can't be isolated in one row .* leave out data\.packing"):

@@ -218,7 +218,7 @@ def test_a_plan_of_something_else_is_refused(tmp_path, change):
     pack([60, 40], max_tokens=100).save(tmp_path / "plan", KEY)
     other = replace(KEY, **{change: 7 if change.startswith("max") else "another"})
     assert key_digest(asdict(other)) != key_digest(asdict(KEY))
-    with pytest.raises(DataError, match=f"with another {change}: make it anew"):
+    with pytest.raises(DataError, match=f"with another {change}: remove it"):
         PackPlan.load(tmp_path / "plan", other)
 
 

@@ -91,7 +91,7 @@ def read_arrays(path: Path, names: Sequence[str], *, key: Mapping[str, Any], wha
         raise IntegrityError(f"{path}: the {what} is damaged: remove it")
     found = json.loads(metadata["key"])
     if other := [name for name in key if found.get(name) != key[name]]:
-        raise DataError(f"{path} is a {what} with another {' and '.join(other)}: make it anew")
+        raise DataError(f"{path} is a {what} with another {' and '.join(other)}: remove it, and it is made anew")
     return arrays
 
 

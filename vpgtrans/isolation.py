@@ -384,10 +384,28 @@ def _candidates(model: Any) -> list[Backend]:
     return ["blocks", "sdpa", "eager"]
 
 
+def missing_here(backend: Backend | Literal["auto"]) -> str | None:
+    """Why a back end can't run on this machine, whatever the LLM."""
+    if backend in ("auto", "blocks", "sdpa", "eager"):
+        return None
+    return _not_installed(backend) or (None if torch.cuda.is_available() else "needs a GPU, and there is none")
+
+
 def _missing(backend: Backend, model: Any) -> str | None:
     """Why a back end can't run this LLM here."""
     if backend in ("blocks", "sdpa", "eager"):
         return None
+    if problem := _not_installed(backend):
+        return problem
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return f"needs a GPU (the LLM is on {device.type})"
+    if backend != "flex_attention" and model.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16 (the LLM is in {str(model.dtype).removeprefix('torch.')})"
+    return None
+
+
+def _not_installed(backend: str) -> str | None:
     if backend == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch 2.10 or later (this is {torch.__version__})"
     if backend.startswith("flash"):
@@ -395,12 +413,7 @@ def _missing(backend: Backend, model: Any) -> str | None:
 
         test = getattr(import_utils, f"is_flash_attn_{backend[-1]}_available", None)
         if test is None or not test():
-            return "needs a flash-attn of this generation, which is not installed"
-    device = model.get_input_embeddings().weight.device
-    if device.type != "cuda":
-        return f"needs a GPU (the LLM is on {device.type})"
-    if backend != "flex_attention" and model.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16 (the LLM is in {str(model.dtype).removeprefix('torch.')})"
+            return f"needs flash-attn {backend[-1]}, which is not installed"
     return None
 
 

@@ -96,7 +96,7 @@ def write_report(run: Path) -> Path:
         skipped=[(str(row.get("id", "?")), fmt.plain(row.get("reason") or row.get("error"))) for row in files.skipped]
         if files.skipped
         else [],
-        skipped_line=f"Unreadable images, skipped and counted in no figure: {fmt.count(len(files.skipped or []))}.",
+        skipped_line=f"Unreadable samples, skipped and counted in no figure: {fmt.count(len(files.skipped or []))}.",
         **_curve_values(files, curves),
         **_initialiser_values(files),
         samples=samples,

@@ -1,6 +1,7 @@
 """`evaluate`, `caption`, `probe` and `validate`: using what there is, without training."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
 from vpgtrans.evaluation.metrics import score
+from vpgtrans.isolation import missing_here
 from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe, parse_source
 from vpgtrans.references import resolve
@@ -27,6 +29,8 @@ from vpgtrans.runs.parts import (
 from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.vision.importers import importable
 from vpgtrans.vlm_directory import load_vision
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def caption(
@@ -159,6 +163,9 @@ def validate(recipe: Recipe) -> dict[str, Any]:
                 raise TransferError(
                     f"initialiser keep: the projector gives width {vision.projector.width_out}, the target has {width}"
                 )
+    if recipe.data.packing is not None and (problem := missing_here(recipe.trainer.attention)):
+        # The recipe may be right: it may be meant for another machine.
+        _LOGGER.warning("trainer.attention: %s %s; here it would not train", recipe.trainer.attention, problem)
     if recipe.target.connector is not None:
         found["visual_tokens"] = outlined.visual_tokens
     return found
