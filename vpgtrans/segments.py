@@ -100,7 +100,7 @@ class Segments:
         """
         sizes = [group.index.numel() for group in self.groups]
         back = torch.full((self.shape[0] * self.shape[1],), sum(sizes), device=self.device)
-        for group, first in zip(self.groups, [0, *accumulate(sizes)], strict=False):
+        for group, first in zip(self.groups, [0, *accumulate(sizes)][: len(sizes)], strict=True):
             there = torch.arange(group.index.numel(), device=self.device).view(group.index.shape) + first
             back[group.index[group.real]] = there[group.real]
         return back
