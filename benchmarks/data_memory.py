@@ -78,7 +78,7 @@ def measure(file: Path, draws: int) -> dict[str, Any]:
     from vpgtrans.config import ImageConfig
     from vpgtrans.data.config import DataSource
     from vpgtrans.data.mixture import open_mixture
-    from vpgtrans.recipe import Stage
+    from vpgtrans.training.config import Stage
     from vpgtrans.training.draws import SampleDraws
     from vpgtrans.training.features import FrozenFront
     from vpgtrans.training.loading import Updates

@@ -47,7 +47,7 @@ from vpgtrans.config import ImageConfig, PromptConfig
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.mixture import Mixture, open_mixture
 from vpgtrans.prompts import Prompter
-from vpgtrans.recipe import Stage
+from vpgtrans.training.config import Stage
 from vpgtrans.training.draws import SampleDraws
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.loading import Updates

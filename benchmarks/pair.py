@@ -13,11 +13,13 @@ import torch
 from vpgtrans.config import InitialiserConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.projector import Projector
-from vpgtrans.recipe import Recipe, Stage, load_recipe
+from vpgtrans.recipe import Recipe, load_recipe
 from vpgtrans.runs.parts import source_of
 from vpgtrans.runs.start import prepare
 from vpgtrans.training.checkpoints import Progress
-from vpgtrans.training.fit import RunLog, StageRun
+from vpgtrans.training.config import Stage
+from vpgtrans.training.fit import StageRun
+from vpgtrans.training.log import RunLog
 from vpgtrans.training.parts import changed_parts, set_trainable
 from vpgtrans.training.samples import BadSamples
 from vpgtrans.transfer.initialisers import initialise

@@ -20,7 +20,7 @@ from vpgtrans.data.packing import LengthKey
 from vpgtrans.data.packs import BAD, LEFT_OUT, Lengths, PackOrder, in_a_batch, measure, plan_packs
 from vpgtrans.errors import DataError, IntegrityError, RecipeError
 from vpgtrans.prompts import Prompter
-from vpgtrans.recipe import Stage
+from vpgtrans.training.config import Stage
 from vpgtrans.training.draws import PackDraws
 
 KEY = LengthKey("data", "tokenizer", "prompt", "4")

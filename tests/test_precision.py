@@ -8,9 +8,9 @@ import torch
 from tiny_runs import WARMUP, Tiny
 
 from vpgtrans import runs
-from vpgtrans.recipe import Stage
 from vpgtrans.runs import journey
 from vpgtrans.runs.parts import encoder_dtype
+from vpgtrans.training.config import Stage
 
 
 def test_a_frozen_encoder_runs_in_the_llms_precision_on_a_gpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from tiny_runs import Tiny
 from vpgtrans import processes, runs
 from vpgtrans.cli import cli
 from vpgtrans.errors import RecipeError, TrainingError
-from vpgtrans.recipe import Recipe, TrainerConfig, dump
+from vpgtrans.recipe import Recipe, dump
 from vpgtrans.runs.parts import pick_device
+from vpgtrans.training.config import TrainerConfig
 from vpgtrans.training.devices import check_devices, trainer_devices
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}

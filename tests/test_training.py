@@ -25,9 +25,9 @@ from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.packs import measure
 from vpgtrans.errors import RecipeError, TrainingError
 from vpgtrans.llm import block_linears
-from vpgtrans.recipe import TrainerConfig
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training.config import TrainerConfig
 from vpgtrans.training.draws import SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.fit import StageRun, count_updates

@@ -27,7 +27,7 @@ from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.errors import RecipeError
 from vpgtrans.processes import by_torchrun
-from vpgtrans.recipe import ARMS, Budget, Recipe, Stage
+from vpgtrans.recipe import ARMS, Recipe
 from vpgtrans.report import compare_plot, write_compare_report
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
 from vpgtrans.runs.parts import (
@@ -39,6 +39,7 @@ from vpgtrans.runs.parts import (
 )
 from vpgtrans.runs.start import begin, prepare, written_out
 from vpgtrans.runs.training import Interrupted, run_stages
+from vpgtrans.training.config import Budget, Stage
 from vpgtrans.transfer.initialisers import initialise
 
 _LOGGER = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, r
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import check_attention
-from vpgtrans.recipe import Recipe, TrainerConfig
+from vpgtrans.recipe import Recipe
 from vpgtrans.references import pinned, resolve
+from vpgtrans.training.config import TrainerConfig
 from vpgtrans.transfer.connector import TakenOver, exchange
 from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg

@@ -16,7 +16,8 @@ from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Clock, Progress
-from vpgtrans.training.fit import RunLog, StageResult, StageRun
+from vpgtrans.training.fit import StageResult, StageRun
+from vpgtrans.training.log import RunLog
 from vpgtrans.training.parts import changed_parts, put_state, set_trainable, table, take_state
 from vpgtrans.training.samples import BadSamples
 from vpgtrans.training.stopping import Stopped, StopSignals

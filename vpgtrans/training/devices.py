@@ -6,7 +6,8 @@ import torch
 
 from vpgtrans.errors import RecipeError
 from vpgtrans.processes import by_torchrun, first_process
-from vpgtrans.recipe import Recipe, TrainerConfig
+from vpgtrans.recipe import Recipe
+from vpgtrans.training.config import TrainerConfig
 from vpgtrans.training.workers import default_workers
 
 

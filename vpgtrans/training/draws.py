@@ -10,7 +10,7 @@ from vpgtrans.data.config import PackingConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.packs import Lengths, PackOrder, in_a_batch, plan_packs
 from vpgtrans.errors import RecipeError
-from vpgtrans.recipe import Stage
+from vpgtrans.training.config import Stage
 from vpgtrans.training.devices import check_batch
 
 _STRETCH = 1 << 16

@@ -1,10 +1,8 @@
 """Running one stage: data in order, Lightning's trainer, validations, the log, checkpoints."""
 
 import contextlib
-import json
 import logging
 import math
-import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -24,17 +22,20 @@ from vpgtrans.errors import DataError
 from vpgtrans.memory import span_peak, start_span
 from vpgtrans.progress import bar
 from vpgtrans.prompts import Prompter
-from vpgtrans.recipe import Recipe, Stage
+from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
+from vpgtrans.training.config import Stage
 from vpgtrans.training.devices import data_workers, trainer_devices
 from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront, Level
 from vpgtrans.training.loading import Updates, Validator
+from vpgtrans.training.log import RunLog
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
-from vpgtrans.training.samples import WINDOW, BadSamples, Key, Samples, Unreadable
-from vpgtrans.training.stopping import Stopped, StopSignals
+from vpgtrans.training.samples import WINDOW, BadSamples, Samples
+from vpgtrans.training.stopping import StopSignals
+from vpgtrans.training.watch import Watch
 from vpgtrans.training.workers import killed_is_said
 from vpgtrans.vlm import VLM
 
@@ -76,40 +77,6 @@ def count_updates(stage: Stage, draws: Draws, prompter: Prompter) -> int:
     return draws.updates(samples)
 
 
-class RunLog:
-    """`metrics.jsonl`: a line per logged update and per validation."""
-
-    def __init__(self, path: Path, *, writes: bool = True):
-        """writes: whether `write` does anything; of several processes only the first one's does."""
-        self.path = path
-        self.writes = writes
-
-    def write(self, **figures: Any) -> None:
-        if not self.writes:
-            return
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(figures) + "\n")
-
-    def cut(self, progress: Progress, stage: str) -> None:
-        """Drop what a run that is resumed here, in `stage`, wrote after its checkpoint."""
-        if not self.path.exists() or not self.writes:
-            return
-        finished = {result["name"] for result in progress.finished}
-        kept = []
-        for text in self.path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # the process was killed while it wrote
-            # At update 0 a stage validates anew.
-            current = line["stage"] == stage and progress.update > 0 and line["update"] <= progress.update
-            if line["stage"] in finished or current:
-                kept.append(text + "\n")
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
-
-
 @dataclass
 class StageResult:
     """What a stage came to: `summary.json` lists it under these keys."""
@@ -122,57 +89,6 @@ class StageResult:
     best_samples: int
     text_tokens: int
     peak_memory_bytes: int
-
-
-class _Watch(L.Callback):
-    """Validation, log, progress bar and checkpoints of one stage."""
-
-    def __init__(self, run: "StageRun"):
-        self.run = run
-        self.clock = time.perf_counter()
-        self.exchanged = run.bad.left_out
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.run.stop.install()
-        if self.run.progress.update == 0:
-            self.run.validate()  # here and not before `fit`: now the devices know each other
-        self._exchange_bad(trainer)
-        self.clock = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        run, module = self.run, self.run.module
-        now = time.perf_counter()
-        run.progress.seconds += now - self.clock
-        self.clock = now
-        run.progress.update = module.done
-        run.progress.samples += len(run.data.draws.update(module.done - 1).rows)
-        run.progress.text_tokens += int(module.last["text_tokens"])
-        every = max(1, run.updates // 400)
-        if module.done % every == 0 or module.done == run.updates:
-            run.log.write(**run.position(), **{k: v for k, v in module.last.items() if k != "text_tokens"})
-        run.show(module.last["loss"])
-        if module.done % run.validate_every == 0 or module.done == run.updates:
-            run.validate()
-            self.clock = time.perf_counter()
-        self._exchange_bad(trainer)
-        # All processes stop at the same update, whichever of them the signal reached.
-        if trainer.strategy.reduce_boolean_decision(run.stop.asked, all=False):
-            run.save()
-            raise Stopped
-
-    def _exchange_bad(self, trainer: L.Trainer) -> None:
-        """Unreadable images that one process met count for all, which decide alike."""
-        bad = self.run.bad
-        if not bad.shared:
-            return
-        if trainer.strategy.reduce_boolean_decision(bad.left_out > self.exchanged, all=False):
-            listed: list[tuple[dict[Key, Unreadable], dict[Key, Unreadable]]] = [({}, {})] * trainer.world_size
-            torch.distributed.all_gather_object(listed, (bad.bad, bad.dropped))
-            for unreadable, dropped in listed:
-                bad.bad |= unreadable
-                bad.dropped |= dropped
-            self.exchanged = bad.left_out
-            bad.check()
 
 
 class StageRun:
@@ -305,7 +221,7 @@ class StageRun:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[_Watch(self)],
+            callbacks=[Watch(self)],
             **trainer_devices(self.recipe.trainer, self.vlm.device),
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vpgtrans.errors import TrainingError
-from vpgtrans.recipe import Stage
+from vpgtrans.training.config import Stage
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.objectives import Objective
 from vpgtrans.training.parts import set_modes, trained_parameters

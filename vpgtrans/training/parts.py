@@ -12,7 +12,7 @@ from vpgtrans.config import LoRAConfig, Mode, Part
 from vpgtrans.errors import RecipeError
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
-from vpgtrans.recipe import Stage
+from vpgtrans.training.config import Stage
 from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM
 
