@@ -393,14 +393,22 @@ Part = Literal["encoder", "connector", "projector", "llm"]
 Mode = Literal["frozen", "full", "lora"]
 
 
+Quantisation = Literal["nf4", "int8"]
+
+
 class LoRAConfig(Config):
-    """LoRA on the linear layers of the LLM's blocks, named exactly."""
+    """LoRA on the linear layers of the blocks of an LLM or a vision transformer, named exactly."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16
     dropout: NonNegativeFloat = 0.0
     targets: tuple[str, ...] | None = None
-    """Last components of module names inside the LLM's blocks; all their linear layers if None."""
+    """Last components of module names inside the blocks; all their linear layers if None."""
+    rslora: bool = False
+    """Scale by alpha/√rank rather than alpha/rank, so that a high rank learns as fast (rsLoRA, arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn the norms of the weights' columns beside their directions (DoRA, arXiv 2402.09353): better at low rank,
+    at the price of time and memory."""
 
 
 class PromptConfig(Config):

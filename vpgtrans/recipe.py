@@ -27,8 +27,10 @@ from vpgtrans.config import (
     Config,
     ConnectorConfig,
     InitialiserConfig,
+    Part,
     ProjectorConfig,
     PromptConfig,
+    Quantisation,
     ResolutionConfig,
     VPGConfig,
 )
@@ -56,6 +58,9 @@ class TargetConfig(Config):
     connector: ConnectorConfig | None = None
     """Another connector than the source's, which takes over of it what fits (see `transfer.connector`); of its own kind
     keys that are left out are the source's. None: the source's."""
+    quantise: Quantisation | None = None
+    """Keep the weights of the LLM's blocks in 4 bits (nf4) or 8 (int8) while it trains: QLoRA (arXiv 2305.14314), by
+    bitsandbytes. Embeddings and head stay as they are. null: all as `trainer.precision` says."""
     trust_remote_code: bool = False
 
 
@@ -156,11 +161,24 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _one_adapter(self) -> "Recipe":
-        lora = [stage for stage in self.stages if stage.trainable["llm"] == "lora"]
-        for stage in lora[1:]:
-            if stage.lora != lora[0].lora:
+        keys: list[tuple[Part, Literal["lora", "encoder_lora"]]] = [("llm", "lora"), ("encoder", "encoder_lora")]
+        for part, key in keys:
+            lora = [stage for stage in self.stages if stage.trainable[part] == "lora"]
+            for stage in lora[1:]:
+                if getattr(stage, key) != getattr(lora[0], key):
+                    raise ValueError(
+                        f"stage {stage.name}: its {key} differs from that of stage {lora[0].name}; both train one "
+                        "adapter"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_frozen(self) -> "Recipe":
+        for stage in self.stages:
+            if self.target.quantise is not None and stage.trainable["llm"] == "full":
                 raise ValueError(
-                    f"stage {stage.name}: its lora differs from that of stage {lora[0].name}; both train one adapter"
+                    f"stage {stage.name}: trainable.llm: full: weights that target.quantise keeps in few bits can't "
+                    "train; right would be llm: lora, or target.quantise: null"
                 )
         return self
 

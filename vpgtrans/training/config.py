@@ -27,6 +27,10 @@ def shape(value: Any) -> str:
     return "parts" if isinstance(value, Mapping | Config) else "plain"
 
 
+def _listed(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "plain"
+
+
 class Budget(Config):
     """How long a stage trains, in samples or in text tokens: the same for every world size and accumulation."""
 
@@ -78,6 +82,9 @@ class Stage(Config):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null switches clipping off."""
     lora: LoRAConfig = LoRAConfig()
+    """Of the LLM, where it trains so."""
+    encoder_lora: LoRAConfig = LoRAConfig()
+    """Of the encoder, where it trains so: on the blocks of a vision transformer."""
     cache_features: Literal["auto"] | bool = "auto"
     """Compute the frozen VPG's output once and keep it on disk; auto: where it is frozen."""
     augment: bool = Field(default_factory=lambda stage: bool(_trained(stage) & {"encoder", "connector"}))
@@ -96,8 +103,8 @@ class Stage(Config):
         if all(mode == "frozen" for mode in trainable.values()):
             raise ValueError("this stage trains nothing; give at least one part the mode full or lora")
         for part, mode in trainable.items():
-            if mode == "lora" and part != "llm":
-                raise ValueError(f"{part}: lora is possible for llm alone so far; {part} can be frozen or full")
+            if mode == "lora" and part not in ("encoder", "llm"):
+                raise ValueError(f"{part}: lora is possible for llm and encoder; {part} can be frozen or full")
         return {part: trainable.get(part, "frozen") for part in ("encoder", "connector", "projector", "llm")}
 
     @model_validator(mode="after")
@@ -135,6 +142,16 @@ class TrainerConfig(Config):
     """How samples that share a row are kept apart; auto: varlen on a GPU in half precision, else blocks."""
     precision: Literal["auto", "bf16-true", "bf16-mixed", "fp32"] = "auto"
     """auto: bf16-true where the processor has bf16, fp32 elsewhere."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """8bit: the moments in 8 bits (arXiv 2110.02861). paged: moments move to the CPU's memory when the GPU's is full.
+    Both by bitsandbytes."""
+    gradient_checkpointing: Annotated[
+        Annotated[bool, Tag("plain")] | Annotated[list[Literal["llm", "encoder"]], Tag("parts")], Discriminator(_listed)
+    ] = False
+    """Keep only the input of each block of these parts, and compute the rest anew on the way back: less memory for
+    more time. true: of both, as far as they are trained or gradients pass through them."""
+    compile: bool = False
+    """Compile the LLM's blocks (`torch.compile`): slow to begin, then faster, mostly on a GPU."""
     validate_samples: PositiveInt | None = None
     """Validate on this many samples; None: all."""
     threads: PositiveInt | None = None
