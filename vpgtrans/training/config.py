@@ -134,7 +134,8 @@ class TrainerConfig(Config):
     """The machine's side of training."""
 
     devices: PositiveInt | Literal["auto"] = "auto"
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work; auto: ddp. See docs/scaling.md."""
     attention: Literal[
         "auto", "blocks", "varlen", "sdpa", "eager", "flex_attention",
         "flash_attention_2", "flash_attention_3", "flash_attention_4",

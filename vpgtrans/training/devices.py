@@ -79,6 +79,5 @@ def trainer_devices(config: TrainerConfig, device: torch.device) -> dict[str, An
         "accelerator": "gpu" if device.type == "cuda" else "cpu",
         "devices": devices,
         "num_nodes": started[1] if started is not None else 1,
-        "strategy": config.strategy,
         "precision": "bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
     }

@@ -25,7 +25,7 @@ from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
 from vpgtrans.training.config import Stage
-from vpgtrans.training.devices import data_workers, trainer_devices
+from vpgtrans.training.devices import data_workers, trainer_devices, world_size
 from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront, Level
 from vpgtrans.training.loading import Updates, Validator
@@ -35,6 +35,7 @@ from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
 from vpgtrans.training.samples import WINDOW, BadSamples, Samples
 from vpgtrans.training.stopping import StopSignals
+from vpgtrans.training.strategies import make_together
 from vpgtrans.training.watch import Watch
 from vpgtrans.training.workers import killed_is_said
 from vpgtrans.vlm import VLM
@@ -214,6 +215,8 @@ class StageRun:
         """
         stage, progress = self.stage, self.progress
         self.best_state = best_state or {}
+        strategy = self.recipe.trainer.strategy
+        self.module.together = make_together(strategy, self.module, world_size(self.recipe, self.vlm.device))
         trainer = L.Trainer(
             max_epochs=1,
             logger=False,
@@ -222,6 +225,7 @@ class StageRun:
             enable_model_summary=False,
             use_distributed_sampler=False,
             callbacks=[Watch(self)],
+            strategy=self.module.together.plugin(),
             **trainer_devices(self.recipe.trainer, self.vlm.device),
         )
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
@@ -237,6 +241,7 @@ class StageRun:
                 warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
                 if len(self.data):
                     trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
+                    self.module.together.join()
                     self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
         finally:
             self.data.close()
@@ -281,7 +286,7 @@ class StageRun:
         _LOGGER.info("%s: %d samples, validation loss %.4f", self.stage.name, progress.samples, value)
         if not progress.best or value < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"]):
             progress.best = {"val_loss": value, "samples": progress.samples, "update": progress.update}
-            self.best_state = take_state(self.vlm, self.changed)
+            self.best_state = take_state(self.module.vlm, self.changed)
         if progress.update > 0:
             self.save()
 
@@ -294,8 +299,8 @@ class StageRun:
         self.checkpoints.save(
             Checkpoint(
                 progress=self.progress,
-                state=take_state(self.vlm, self.changed),
+                state=take_state(self.module.vlm, self.changed),
                 best_state=self.best_state,
-                optimizer=optimizer.state_dict(),
+                optimizer=self.module.together.optimizer_state(optimizer),
             )
         )

@@ -120,11 +120,10 @@ class Validator:
         module.eval()
         names = list(module.objectives)
         sums, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for batch in self._batches(module):
-            for part in (batch if self.pack_tokens is None else batch.packed(self.pack_tokens)).parts(None):
-                for name, (summed, _) in module.losses(part).items():
-                    sums[name] += summed.item()
-                    weights[name] += module.objectives[name].weight(part, module.vlm.vpg.tokens)
+        for part in module.together.paced(self._parts(module)):
+            for name, (summed, _) in module.losses(part).items():
+                sums[name] += summed.item()
+                weights[name] += module.objectives[name].weight(part, module.vlm.vpg.tokens)
         module.train()
         sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
         weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))
@@ -143,6 +142,11 @@ class Validator:
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+
+    def _parts(self, module: StageModule) -> Iterator[Batch]:
+        """What goes through the model at once."""
+        for batch in self._batches(module):
+            yield from (batch if self.pack_tokens is None else batch.packed(self.pack_tokens)).parts(None)
 
     def _batches(self, module: StageModule) -> Iterator[Batch]:
         seen = self.samples.see(self.rows)

@@ -6,13 +6,11 @@ One batch is one optimizer update. It is split into micro-batches or packs here,
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vpgtrans.errors import TrainingError
 from vpgtrans.training.config import Stage
@@ -20,6 +18,7 @@ from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.objectives import Objective
 from vpgtrans.training.parts import set_modes, trained_parameters
 from vpgtrans.training.samples import Batch
+from vpgtrans.training.strategies import Together
 from vpgtrans.vlm import VLM
 
 
@@ -57,6 +56,8 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.stream = stream
         self.resume_optimizer: dict[str, Any] | None = None
+        self.together = Together(self)
+        """How devices train this together; another one is put here before training begins."""
         self.last: dict[str, float] = {"loss": 0.0, "text_tokens": 0.0}
         """Figures of the last update: loss, lr, grad_norm, text_tokens."""
 
@@ -96,7 +97,7 @@ class StageModule(L.LightningModule):
             betas=(0.9, 0.98),
         )
         if self.resume_optimizer is not None:
-            optimizer.load_state_dict(self.resume_optimizer)
+            self.together.put_optimizer_state(optimizer, self.resume_optimizer)
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -120,8 +121,8 @@ class StageModule(L.LightningModule):
             self.done += 1
             self.last |= {"text_tokens": 0.0, "skipped": 1.0}
             return
-        self._add_up(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
+        self.together.add_up(parameters)
+        norm = self.together.clip(parameters, self.stage.clip)
         if not math.isfinite(losses["loss"]) or not torch.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
@@ -146,20 +147,22 @@ class StageModule(L.LightningModule):
         visual = self.vlm.vpg.tokens
         whole = {name: goal.weight(batch, visual) for name, goal in self.objectives.items()}
         # A device whose whole share is unreadable adds nothing; the others' shares are the batch.
-        samples, *weights = self.over_devices([float(len(batch)), *whole.values()])
+        samples, images, *weights = self.over_devices([float(len(batch)), float(len(batch.inputs)), *whole.values()])
         if not samples:
             return None
         whole = dict(zip(whole, weights, strict=True))
         terms = dict.fromkeys(whole, 0.0)
-        with self._unsynchronised():
-            for part in batch.parts(self.stage.micro_batch_size):
+        passes = self.together.in_step(list(batch.parts(self.stage.micro_batch_size)), images=images > 0)
+        with self.together.accumulating():
+            for number, part in enumerate(passes, start=1):
+                self.together.before_pass(last=number == len(passes))
                 sums = self.losses(part)
                 total = torch.zeros((), device=self.device)
                 for name, (summed, _) in sums.items():
                     total = total + self.loss_weights[name] * summed / (whole[name] or 1.0)
                     terms[name] += summed.item() / (whole[name] or 1.0)
                 if total.requires_grad:  # text alone teaches nothing to a projector
-                    self.manual_backward(total)
+                    self.together.backward(total)
         terms = dict(zip(terms, self.over_devices(list(terms.values())), strict=True))
         loss = sum(self.loss_weights[name] * value for name, value in terms.items())
         return {
@@ -178,31 +181,16 @@ class StageModule(L.LightningModule):
         """How many devices train together."""
         return self.trainer.world_size if self._trainer is not None else 1
 
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Within the block every device keeps its gradients to itself.
+    def configure_model(self) -> None:
+        """Called by the trainer once the devices know each other."""
+        self.together.split()
 
-        DDP would exchange them in every backward pass, and wait forever for a device that has a micro-batch less
-        because an image of its share is unreadable.
-        """
-        wrapped = self.trainer.strategy.model if self._trainer is not None else None
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
-
-    def _add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients over devices; a parameter that no device used keeps none."""
-        if self.world == 1:
-            return
-        used = self.over_devices([float(parameter.grad is not None) for parameter in parameters])
-        for parameter, count in zip(parameters, used, strict=True):
-            if count:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.trainer.strategy.reduce(own, reduce_op="sum")
-
-    def over_devices(self, figures: Sequence[float]) -> list[float]:
-        """The figures summed over devices."""
+    def over_devices(self, figures: Sequence[float], operation: Literal["sum", "max"] = "sum") -> list[float]:
+        """The figures summed over devices, or the largest of each."""
         if self.world == 1:
             return list(figures)
         gathered = torch.tensor(figures, device=self.device, dtype=torch.float64)
-        return self.trainer.strategy.reduce(gathered, reduce_op="sum").tolist()
+        return self.trainer.strategy.reduce(gathered, reduce_op=operation).tolist()
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         """Each objective's summed loss on a batch, and the number of terms in it."""

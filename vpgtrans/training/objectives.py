@@ -116,9 +116,9 @@ class WordObjective(Objective):
 
 
 def _of_one_image(batch: Batch) -> tuple[list[int], list[str]]:
-    """What is said about samples of one image, and the places of these images."""
+    """What is said about samples of one image, and the places of these images; not where nothing is said."""
     firsts = [0, *accumulate(text.images for text in batch.encoded)]
-    alone = [row for row, text in enumerate(batch.encoded) if text.images == 1]
+    alone = [row for row, text in enumerate(batch.encoded) if text.images == 1 and text.answers]
     return [firsts[row] for row in alone], [answer_of(batch.texts[row]) for row in alone]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vpgtrans.adapters import ADAPTER_MODULES, adapter_state, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
@@ -126,13 +127,21 @@ def changed_parts(stages: list[Stage]) -> dict[Part, Mode]:
 
 
 def take_state(vlm: VLM, changed: dict[Part, Mode]) -> dict[str, Tensor]:
-    """Copies of the tensors of the changed parts, named `part/tensor`; a LoRA part gives its adapter only."""
+    """Copies of the tensors of the changed parts, named `part/tensor`; a LoRA part gives its adapter only.
+
+    Of a VLM in shards they are whole, on every device; all devices have to call it.
+    """
     state: dict[str, Tensor] = {}
     for part, mode in changed.items():
         module = part_module(vlm, part)
         tensors = adapter_state(module) if mode == "lora" else module.state_dict()
-        state |= {f"{part}/{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        state |= {f"{part}/{name}": _whole(tensor).cpu().clone() for name, tensor in tensors.items()}
     return state
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -66,6 +66,16 @@ class Batch:
         for start, stop in pairwise(bounds):
             yield self.part(start, stop)
 
+    def beside(self, other: "Batch") -> "Batch":
+        """With the samples of another batch after those of this one, which has no images; of a pack, in the same."""
+        return Batch(
+            self.ids + other.ids,
+            [*self.texts, *other.texts],
+            self.encoded + other.encoded,
+            other.inputs,
+            packs=None if self.packs is None else self.packs + self.packs[-1:] * len(other.encoded),
+        )
+
     def packed(self, max_tokens: int) -> "Batch":
         """The samples in this order in packs of at most so many tokens; a longer one has a pack to itself."""
         packs: list[int] = []
