@@ -1,4 +1,4 @@
-"""Interrupted and resumed runs equal uninterrupted ones bit for bit; damaged checkpoints; two processes equal one."""
+"""Interrupted and resumed runs equal uninterrupted ones bit for bit; damaged checkpoints."""
 
 import json
 import os
@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_training import (
     FINETUNE,
     PACKING,
@@ -25,11 +23,9 @@ from tiny_training import (
     train,
 )  # fmt: skip
 
-from vpgtrans.data.packs import measure
 from vpgtrans.errors import CheckpointError
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
-from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.stopping import Stopped, StopSignals
 
@@ -163,53 +159,6 @@ def test_a_killed_process_resumes_to_the_same_result(root, whole, tmp_path, name
     vlm = build_vlm(root)
     results = train(vlm, recipe, tmp_path, resume=True)
     assert_same(vlm, tmp_path, results, whole)
-
-
-def first_batch_of_two(root: Path, recipe: Recipe) -> list[np.ndarray]:
-    """Rows of the first update that each of two processes gets."""
-    train_data, packing, stage = mixtures()["train"], recipe.data.packing, recipe.stages[0]
-    draws: Draws = SampleDraws(train_data, seed=recipe.seed, stage=stage)
-    if packing is not None:
-        lengths = measure(train_data, build_vlm(root).splice.prompter)
-        draws = pack_draws(train_data, lengths, packing, stage, seed=recipe.seed, index=0)
-    return [draws.update(0, rank=rank, world=2).rows for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["padded", "packed"])
-def test_two_processes_give_what_one_gives(root, tmp_path, packing):
-    """Also where one of them has a micro-batch less, or nothing at all, because images of its share can't be read."""
-    warmup, finetune = six_updates(packing)
-    finetune |= {"lora": {}, "micro_batch_size": None if packing else 1}
-    recipe = make_recipe([warmup, finetune], data=data_keys(max_bad_fraction=0.5, packing=packing))
-    first, second = (batch.tolist() for batch in first_batch_of_two(root, recipe))
-    unreadable = {first[0], *second}
-    assert 2 <= len(unreadable) <= 4
-    alone = build_vlm(root, dropout=0.0)
-    results = train(alone, recipe, tmp_path / "one", unreadable=unreadable)
-    both = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 2, "strategy": "ddp"})})
-    done = process(root, tmp_path / "two", both, "--dropout", "0", "--unreadable", *map(str, sorted(unreadable)))
-    assert done.returncode == 0, done.stderr[-3000:]
-    tensors = all_tensors(alone)
-    for rank in (0, 1):
-        theirs = load_file(tmp_path / f"two/final{rank}.safetensors")
-        assert theirs.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(
-                theirs[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-            )
-    one, two = lines(tmp_path / "one/metrics.jsonl"), lines(tmp_path / "two/metrics.jsonl")
-    assert [(line["stage"], line["update"], line["text_tokens"]) for line in two] == [
-        (line["stage"], line["update"], line["text_tokens"]) for line in one
-    ]
-    for kind in ("loss", "val_loss"):
-        figures = [line[kind] for line in one if kind in line]
-        assert len(figures) == (12 if kind == "loss" else 2 * (3 + 1))
-        assert [line[kind] for line in two if kind in line] == pytest.approx(figures, rel=1e-5)
-    for rank in (0, 1):
-        validated = json.loads((tmp_path / f"two/results{rank}.json").read_text())
-        assert validated == pytest.approx([result.val_loss for result in results], rel=1e-5)
-    skipped = [{line["id"] for line in lines(tmp_path / f"{run}/quarantine.jsonl")} for run in ("one", "two")]
-    assert skipped == [{f"s0-{row:02d}" for row in unreadable}] * 2
 
 
 def test_of_two_processes_both_stop_where_one_meets_too_many_unreadable_images(root, tmp_path):

@@ -1,11 +1,12 @@
-"""A VLM, data and recipes for training tests that take a second; as a script, one run that may kill itself.
+"""A VLM, data and recipes for training tests that take a second; as a script, runs that may kill themselves.
 
 Not a test file.
 
-    python tests/tiny_training.py ROOT RUN [--resume] [--signal STAGE UPDATE NAME]
+    python tests/tiny_training.py ROOT RUN… [--resume] [--signal STAGE UPDATE NAME]
 
-trains by RUN/recipe.json; process N of those that train together writes RUN/finalN.safetensors, and the stages'
-validation losses into RUN/resultsN.json.
+trains by RUN/recipe.json, several runs one after another; process N of those that train together writes
+RUN/finalN.safetensors, and the stages' validation losses into RUN/resultsN.json. RUN/options.json, if there is one,
+says otherwise for one run: {"root", "resume", "unreadable", "chats"}.
 """
 
 import argparse
@@ -75,25 +76,47 @@ class Pictures(Source):
         self.fingerprint = f"pictures {count} {seed} {sorted(unreadable)}"
 
 
+class Chats(Source):
+    """Questions and answers, every third about a noise image, without a file."""
+
+    def __init__(self, count: int, *, seed: int = 0):
+        pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        records = [
+            {
+                "id": f"c{seed}-{row:02d}",
+                "image": [] if row % 3 else [_png(array)],
+                "said": [
+                    {"role": "user", "content": f"{'' if row % 3 else '<image>'}what is {row}?"},
+                    {"role": "assistant", "content": f"the number {row}"},
+                ],
+            }
+            for row, array in enumerate(pixels)
+        ]
+        super().__init__(Opened(ListRows(records, "chats"), None, DataSource(dataset="unused", conversation="said")))
+        self.fingerprint = f"chats {count} {seed}"
+
+
 def _png(pixels: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
-def mixtures(*, unreadable: Collection[int] = ()) -> dict[str, Any]:
+def mixtures(*, unreadable: Collection[int] = (), chats: bool = False) -> dict[str, Any]:
     """`train` and `validation` of run_stages."""
+    if chats:
+        return {"train": Mixture([(Chats(12), 1.0)]), "validation": Mixture([(Chats(5, seed=1), 1.0)])}
     return {
         "train": Mixture([(Pictures(14, unreadable=unreadable), 1.0)]),
         "validation": Mixture([(Pictures(5, seed=1), 1.0)]),
     }
 
 
-def make_models(root: Path, *, family: str = "llama") -> Path:
-    """A vision encoder and an LLM on disk."""
+def make_models(root: Path, *, family: str = "llama", dropout: float = 0.1) -> Path:
+    """A vision encoder (with so much dropout) and an LLM on disk."""
     config = transformers.ViTConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
-        patch_size=14, hidden_dropout_prob=0.1,
+        patch_size=14, hidden_dropout_prob=dropout,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -137,10 +160,16 @@ def make_recipe(stages: Sequence[dict[str, Any]] = (WARMUP, FINETUNE), **changes
 
 
 def train(
-    vlm: VLM, recipe: Recipe, run: Path, *, resume: bool = False, unreadable: Collection[int] = ()
+    vlm: VLM,
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = False,
+    unreadable: Collection[int] = (),
+    chats: bool = False,
 ) -> list[StageResult]:
     run.mkdir(parents=True, exist_ok=True)
-    return run_stages(vlm, recipe, RunDirectory(run), resume=resume, **mixtures(unreadable=unreadable))
+    return run_stages(vlm, recipe, RunDirectory(run), resume=resume, **mixtures(unreadable=unreadable, chats=chats))
 
 
 def all_tensors(vlm: VLM) -> dict[str, Tensor]:
@@ -166,7 +195,7 @@ def signal_at(stage: str, update: int, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--signal", nargs=3)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -176,18 +205,26 @@ def main() -> None:
     if arguments.signal:
         stage, update, name = arguments.signal
         signal_at(stage, int(update), name)
-    recipe = Recipe.model_validate_json((arguments.run / "recipe.json").read_text())
-    vlm = build_vlm(arguments.root, dropout=arguments.dropout)
+    for run in arguments.runs:
+        options = {"root": arguments.root, "resume": arguments.resume, "unreadable": arguments.unreadable}
+        if (run / "options.json").is_file():
+            options |= json.loads((run / "options.json").read_text())
+        one_run(run, Path(options.pop("root")), arguments.dropout, **options)
+
+
+def one_run(run: Path, root: Path, dropout: float, **options: Any) -> None:
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    vlm = build_vlm(root, dropout=dropout)
     try:
-        results = train(vlm, recipe, arguments.run, resume=arguments.resume, unreadable=arguments.unreadable)
+        results = train(vlm, recipe, run, **options)
     except VpgTransError as error:
         if error.of_all and not first_process():
             sys.exit(0)
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     rank = os.environ.get("LOCAL_RANK", "0")
-    save_file(all_tensors(vlm), arguments.run / f"final{rank}.safetensors")
-    (arguments.run / f"results{rank}.json").write_text(json.dumps([result.val_loss for result in results]))
+    save_file(all_tensors(vlm), run / f"final{rank}.safetensors")
+    (run / f"results{rank}.json").write_text(json.dumps([result.val_loss for result in results]))
 
 
 if __name__ == "__main__":

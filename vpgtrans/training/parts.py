@@ -135,13 +135,14 @@ def take_state(vlm: VLM, changed: dict[Part, Mode]) -> dict[str, Tensor]:
     for part, mode in changed.items():
         module = part_module(vlm, part)
         tensors = adapter_state(module) if mode == "lora" else module.state_dict()
-        state |= {f"{part}/{name}": _whole(tensor).cpu().clone() for name, tensor in tensors.items()}
+        state |= {f"{part}/{name}": whole_of(tensor).cpu().clone() for name, tensor in tensors.items()}
     return state
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient; of one in shards all of it, for which all devices have to call this."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vpgtrans.prompts import VISUAL, Turn
-from vpgtrans.training.parts import PARTS, part_module
+from vpgtrans.training.parts import PARTS, part_module, whole_of
 from vpgtrans.training.samples import Batch
 from vpgtrans.training.strategies import Together
 from vpgtrans.vlm import VLM
@@ -69,16 +69,17 @@ class Sharded(Together):
         pairs = list(zip(self._own.parameters(), module.vlm.parameters(), strict=True))
         # The VLM's own parameters still; now its modules have others of the same data, which will become shards.
         assert all(one is other for one, other in pairs)
-        for unit in [*self._units(kept), module]:
+        units: list[nn.Module] = [*self._units(kept), module]
+        for unit in units:
             before = dict(unit.named_parameters())
             fully_shard(unit, mesh=mesh["data_parallel"], ignored_params=kept)
             for name, now in unit.named_parameters():
                 if isinstance(now, DTensor) and not isinstance(before[name], DTensor):
                     before[name].data = before[name].data.new_empty(0)
-        for unit in self._sharded():
+        for part in self._sharded():
             # Without the first gloo would be asked for a product that it doesn't know.
-            unit.set_force_sum_reduction_for_comms(True)
-            unit.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)
         register_fsdp_forward_method(module, "losses")
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Sharded(Together):
         self._reshard()
         for (_, whole), (_, now) in zip(own.named_parameters(), module.vlm.named_parameters(), strict=True):
             if isinstance(now, DTensor):
-                whole.data = now.detach().full_tensor()
+                whole.data = whole_of(now)
         module.vlm, module.front = own, copy.copy(module.front)
         module.front.vpg = own.vpg
         self._own = None
@@ -178,7 +179,7 @@ class Sharded(Together):
         return super().optimizer_state(optimizer)
 
     def _whole(self, value: Any) -> Any:
-        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        return whole_of(value).cpu() if isinstance(value, Tensor) else value
 
     def _share(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
@@ -190,7 +191,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks that a model is made of: the entries of its largest list of modules, none if it has no list."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # The outermost of equals comes first: a block may itself hold a list.
-    return list(max(lists, key=_size)) if lists else []
+    return list(lists[max(range(len(lists)), key=[_size(each) for each in lists].__getitem__)]) if lists else []
 
 
 def _size(module: nn.Module) -> int:
