@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tiny_runs import Tiny
 
 from vpgtrans import processes, runs
@@ -104,53 +104,51 @@ def test_a_signal_to_the_first_of_two_processes_stops_both_with_a_checkpoint(tin
     assert 0 < progress["update"] < 1000
 
 
-def test_a_process_whose_share_has_no_image_keeps_step(tiny: Tiny, tmp_path: Path) -> None:
-    """Of every batch each of two processes gets one sample, and two of three samples are text alone."""
-    image = tmp_path / "one.png"
-    Image.new("RGB", (20, 20), "red").save(image)
-    rows = [
-        {
-            "image": [] if row % 3 else [str(image)],
-            "said": [
-                {"role": "user", "content": f"{'' if row % 3 else '<image>'}what is {row}?"},
-                {"role": "assistant", "content": f"the number {row}"},
-            ],
-        }
-        for row in range(12)
-    ]
-    table = tmp_path / "mixed.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = [{"dataset": str(table), "conversation": "said"}]
-    common = {"lr": 1e-3, "batch_size": 2, "budget": {"samples": 12}, "validate_every": 4, "lora": {"dropout": 0.0}}
-    short = [
-        {"name": "warmup", "trainable": {"projector": "full"}, "cache_features": True, **common},
-        {"name": "finetune", "trainable": {"projector": "full", "llm": "lora"}, "cache_features": False, **common},
-    ]
-    recipe = tiny.transfer_recipe(stages=short, data={"train": data, "validation": data})
-    alone = losses(runs.transfer(recipe, output=tmp_path / "one", device="cpu"))
-    command = [write(recipe, tmp_path), "-o", str(tmp_path / "two"), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vpgtrans", "transfer", *command, "trainer.devices=2", "trainer.strategy=ddp"],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for (*place, loss), (*other, both) in zip(alone, losses(tmp_path / "two"), strict=True):
-        assert place == other
-        assert both == pytest.approx(loss, rel=1e-4)
-
-
 # --- what is refused, and who is who ------------------------------------------------------------
 
 
-def test_the_environment_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, "SLURM_PROCID", "SLURM_LOCALID"):
+SLURM = {"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "3", "SLURM_PROCID": "3",
+         "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "run"}  # fmt: skip
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in (*TORCHRUN, *SLURM):
         monkeypatch.delenv(name, raising=False)
-    assert (processes.first_process(), processes.local_rank(), processes.by_torchrun()) == (True, 0, None)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # as Lightning starts it
-    assert (processes.first_process(), processes.local_rank(), processes.by_torchrun()) == (False, 1, None)
-    for name, value in (TORCHRUN | {"LOCAL_RANK": "0", "RANK": "2"}).items():
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
-    assert (processes.first_process(), processes.local_rank(), processes.by_torchrun()) == (False, 0, (2, 2))
+
+
+def test_the_environment_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(**values: str) -> tuple[bool, int, tuple[int, int] | None]:
+        set_environment(monkeypatch, **values)
+        return processes.first_process(), processes.local_rank(), processes.launched()
+
+    assert seen() == (True, 0, None)
+    assert seen(LOCAL_RANK="1") == (False, 1, None)  # as Lightning starts it
+    assert seen(**TORCHRUN | {"LOCAL_RANK": "0", "RANK": "2"}) == (False, 0, (2, 2))
+    assert seen(**SLURM) == (False, 1, (2, 3))
+    assert seen(**SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == (True, 0, (2, 3))
+    # a shell in an allocation: nothing was started but the shell
+    assert seen(**SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "bash"}) == (True, 0, None)
+    # torchrun, which srun started on every machine
+    assert seen(**SLURM | TORCHRUN) == (False, 1, (2, 2))
+    assert processes.launcher() == "torchrun"
+
+
+def test_srun_is_what_lightning_takes_it_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, **SLURM)
+    given = trainer_devices(TrainerConfig(devices="auto"), CPU)
+    assert (given["devices"], given["num_nodes"]) == (2, 3)
+    (plugin,) = given["plugins"]
+    assert isinstance(plugin, SLURMEnvironment)
+    assert (plugin.world_size(), plugin.global_rank(), plugin.local_rank()) == (6, 3, 1)
+    assert SLURMEnvironment.detect()
+    assert not plugin.auto_requeue  # the run's own checkpoints, and the job's script, do that
+    plugin.validate_settings(num_devices=2, num_nodes=3)
+    for name, value in (SLURM | {"SLURM_JOB_NAME": "bash"}).items():
+        monkeypatch.setenv(name, value)
+    assert not SLURMEnvironment.detect()
+    assert trainer_devices(TrainerConfig(devices="auto"), CPU)["plugins"] is None
 
 
 def test_devices_that_are_not_there_are_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +170,40 @@ def test_devices_that_are_not_there_are_refused(tiny: Tiny, monkeypatch: pytest.
     small = [stage | {"batch_size": 3} for stage in stages()]
     with pytest.raises(RecipeError, match="batch_size 3 is for all devices together, and there are 4"):
         check_devices(tiny.transfer_recipe(trainer={"devices": 2}, stages=small), CPU)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    refused("cuda", r"torchrun started 2 processes here, and each sees 1 GPU\(s\); give one each$")
+    set_environment(monkeypatch, **SLURM)
+    refused("cuda", r"srun started 2 processes here, and each sees 1 GPU\(s\).*with --gpus-per-node")
+    refused("cpu", r"trainer\.devices is 1, but srun started 2 processes", devices=1)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    refused("cpu", "srun started 6 tasks; say how many a machine has: --ntasks-per-node")
+
+
+def test_a_strategy_that_can_not_be_is_refused_before_anything_is_loaded(tiny: Tiny, monkeypatch: Any) -> None:
+    def refused(device: str, saying: str, *, target: dict[str, Any] | None = None, **trainer: Any) -> None:
+        recipe = tiny.transfer_recipe(trainer=trainer, stages=stages())
+        if target:
+            recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
+        with pytest.raises(RecipeError, match=saying):
+            check_devices(recipe, torch.device(device))
+
+    refused("cpu", "trainer.strategy: deepspeed-2 needs a GPU", strategy="deepspeed-2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("cuda", r"needs the package deepspeed: pip install 'vpgtrans\[deepspeed\]'", strategy="deepspeed-3")
+    refused("mps", "trainer.strategy: fsdp is for CPUs and NVIDIA or AMD GPUs", strategy="fsdp")
+    refused("cpu", "fsdp can't cut weights that target.quantise keeps", strategy="fsdp", target={"quantise": "nf4"})
+    refused("cpu", "fsdp needs trainer.optimizer: adamw", strategy="fsdp", optimizer="adamw-8bit")
+
+
+def test_validate_warns_of_a_strategy_that_this_machine_lacks(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = write(tiny.transfer_recipe(trainer={"strategy": "deepspeed-3"}, stages=stages()), tmp_path)
+    result = CliRunner().invoke(cli, ["validate", recipe])
+    assert result.exit_code == 0, result.stderr
+    assert "trainer.strategy: deepspeed-3 needs a GPU" in result.stderr
+    refused = CliRunner().invoke(cli, ["transfer", recipe, "-o", str(tmp_path / "run"), "--device", "cpu"])
+    assert (refused.exit_code, (tmp_path / "run").exists()) == (2, False)
+    assert "trainer.strategy: deepspeed-3 needs a GPU" in refused.stderr
 
 
 def test_more_devices_than_samples_end_the_command_before_a_file_is_written(tiny: Tiny, tmp_path: Path) -> None:

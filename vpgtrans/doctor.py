@@ -21,6 +21,7 @@ EXTRAS = {
     "mypy": "dev",
     "bitsandbytes": "quantised",
     "flash-attn": "flash",
+    "deepspeed": "deepspeed",
 }
 """Optional distribution -> the extra that brings it."""
 MODELS = {

@@ -26,7 +26,7 @@ import torch
 from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.errors import RecipeError
-from vpgtrans.processes import by_torchrun
+from vpgtrans.processes import launched, launcher
 from vpgtrans.recipe import ARMS, Recipe
 from vpgtrans.report import compare_plot, write_compare_report
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
@@ -85,8 +85,8 @@ def compare(
     recipe = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"arms": arms, "seeds": count})})
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise RecipeError(f"compare.arms: no arm {', '.join(unknown)}; known: {', '.join(ARMS)}")
-    if by_torchrun() is not None:
-        raise RecipeError("compare trains one arm after the other, each in one process; start it without torchrun")
+    if launched() not in (None, (1, 1)):
+        raise RecipeError(f"compare trains one arm after the other, each in one process; start it without {launcher()}")
     if recipe.trainer.devices != 1:
         # one arm after the other, each alone: seconds and memory of an arm are its own
         recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})

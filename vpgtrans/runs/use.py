@@ -27,6 +27,7 @@ from vpgtrans.runs.parts import (
     source_of,
 )
 from vpgtrans.runs.start import prepare, score_candidates, score_others
+from vpgtrans.training.devices import check_sharing, lacks
 from vpgtrans.vision.importers import importable
 from vpgtrans.vlm_directory import load_vision
 
@@ -166,6 +167,9 @@ def validate(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.packing is not None and (problem := missing_here(recipe.trainer.attention)):
         # The recipe may be right: it may be meant for another machine.
         _LOGGER.warning("trainer.attention: %s %s; here it would not train", recipe.trainer.attention, problem)
+    check_sharing(recipe)
+    for problem in lacks(recipe, pick_device("auto")):
+        _LOGGER.warning("%s; here it would not train", problem)
     if recipe.target.connector is not None:
         found["visual_tokens"] = outlined.visual_tokens
     return found

@@ -134,7 +134,7 @@ class TrainerConfig(Config):
     """The machine's side of training."""
 
     devices: PositiveInt | Literal["auto"] = "auto"
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed-2", "deepspeed-3"] = "auto"
     """How several devices share the work; auto: ddp. See docs/scaling.md."""
     attention: Literal[
         "auto", "blocks", "varlen", "sdpa", "eager", "flex_attention",
