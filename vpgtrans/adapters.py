@@ -1,20 +1,34 @@
-"""LoRA adapters: their tensors taken out, put back strictly, read from a directory that peft alone can read too."""
+"""LoRA adapters: put on exactly named layers, their tensors taken out, put back strictly, read from a directory.
+
+An LLM becomes a `PeftModel`, and its adapter's directory is one that peft alone can read. An encoder keeps its class
+and its interface: the adapter goes into its layers, and is merged into their weights when it is saved.
+"""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from vpgtrans.config import LoRAConfig
 from vpgtrans.errors import CheckpointError
 from vpgtrans.parts import check_fit
 
-ADAPTER_MODULES = frozenset({"lora_A", "lora_B"})
+ADAPTER_MODULES = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
 _WRAPPED = "base_layer"
 """What peft calls a layer inside the one that adapts it."""
 
@@ -29,20 +43,64 @@ def base_state(model: Any) -> dict[str, Tensor]:
     }
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a tensor of this name is an adapter's."""
+    return not ADAPTER_MODULES.isdisjoint(name.split("."))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether there is an adapter in a part."""
+    return any(isinstance(inner, LoraLayer) for inner in module.modules())
+
+
+def lora_config(config: LoRAConfig, names: Sequence[str]) -> LoraConfig:
+    """What peft takes, for these layers by their full names; those that `config.targets` leaves out are."""
+    if config.targets is not None:
+        names = [name for name in names if name.rsplit(".", 1)[-1] in config.targets]
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(names),
+        bias="none",
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
+
+
+def inject(module: nn.Module, config: LoRAConfig, names: Sequence[str]) -> None:
+    """Put an adapter into named layers of a module, which stays what it is."""
+    inject_adapter_in_model(lora_config(config, names), module)
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> None:
+    """Make an injected adapter part of the weights; the layers are then what they were before it."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            module.set_submodule(name, layer.get_base_layer())
+
+
 def adapter_state(model: Any) -> dict[str, Tensor]:
-    """The tensors of a PeftModel's adapter, named as in its file."""
+    """The tensors of a part's adapter: of a PeftModel named as in its file, else as in the module."""
+    if not isinstance(model, PeftModel):
+        return {name: tensor for name, tensor in model.state_dict().items() if of_adapter(name)}
     # Not "auto": peft would look the base up on the hub, to see if its vocabulary has grown.
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 @torch.no_grad()
 def put_adapter(model: Any, state: Mapping[str, Tensor], *, where: str) -> None:
-    """Write `state` into a PeftModel's adapter.
+    """Write `state` into a part's adapter.
 
     Raises:
         CheckpointError: naming every tensor that is missing, extra or mis-shaped.
     """
     check_fit(adapter_state(model), state, what="adapter", where=where)
+    if not isinstance(model, PeftModel):
+        model.load_state_dict(dict(state), strict=False)  # what is missing is not the adapter's
+        return
     set_peft_model_state_dict(model, dict(state))
 
 

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vpgtrans import gguf_files
+from vpgtrans.blocks import find_blocks, linears_in
 from vpgtrans.checkpoint_files import CheckpointFiles
+from vpgtrans.config import Quantisation
 from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
 from vpgtrans.parts import tensor_bytes
+from vpgtrans.quantise import check_quantisation, keep_trainable, quantisation_config
 from vpgtrans.references import Resolved, portable, resolve
 
 log = logging.getLogger(__name__)
@@ -112,6 +115,8 @@ class LanguageModel:
     tokenizer: Any
     reference: str
     fingerprint: Fingerprint
+    """Of the weights as the reference has them, also where they are quantised."""
+    quantised: Quantisation | None = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -182,15 +187,23 @@ def open_llm(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    quantise: Quantisation | None = None,
 ) -> LanguageModel:
-    """Open a causal LLM, frozen and in eval mode; `dtype` is bf16 if None.
+    """Open a causal LLM, frozen and in eval mode; `dtype` is bf16 if None, `quantise` is of its blocks' weights.
 
-    Raises ReferenceError_ where the reference is no causal LLM, CheckpointError where its weights don't fill the model.
+    Raises ReferenceError_ where the reference is no causal LLM, CheckpointError where its weights don't fill the model,
+    RecipeError where it can't be quantised so.
     """
     found = _resolve_llm(reference)
     directory = gguf_files.dequantised(found.path) if found.kind == "gguf" else found.path
     config = _config(reference, directory, trust_remote_code=trust_remote_code)
     text = _causal_config(reference, config)
+    options: dict[str, Any] = {}
+    if quantise is not None:
+        blocks, leave = _linears(reference, text, trust_remote_code=trust_remote_code)
+        check_quantisation(quantise, blocks, device)
+        packed = quantisation_config(quantise, dtype=dtype or torch.bfloat16, leave=leave)
+        options = {"quantization_config": packed, "device_map": {"": torch.device(device)}}
     try:
         with _no_bar():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -201,6 +214,7 @@ def open_llm(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{reference}: the model in {directory} can't be loaded: {error}") from error
@@ -210,12 +224,16 @@ def open_llm(
     if info["unexpected_keys"]:
         unexpected = sorted(info["unexpected_keys"])
         log.warning("%s: %d tensors that the model doesn't use, e.g. %s", reference, len(unexpected), unexpected[0])
-    model = model.to(device).eval().requires_grad_(False)
+    if quantise is not None:
+        keep_trainable(model)
+    else:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     _fold_head(model)
     tokenizer = _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
     weight = model.get_input_embeddings().weight
     fingerprint = _fingerprint(found, type(model).__name__, text, tokenizer, weight)
-    llm = LanguageModel(model, tokenizer, reference, fingerprint)
+    llm = LanguageModel(model, tokenizer, reference, fingerprint, quantise)
     if text.get_text_config().model_type not in _VERIFIED:
         _verify_causal(llm)
         _verify_inputs_embeds(llm)
@@ -261,6 +279,15 @@ def open_config(reference: str, *, trust_remote_code: bool = False) -> Any:
 def max_tokens_of(config: Any) -> int | None:
     """The longest sequence that an LLM's positions were made for, where its config says so."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_quantisable(
+    reference: str, quantise: Quantisation, *, device: torch.device, trust_remote_code: bool = False
+) -> None:
+    """Raises RecipeError where the LLM can't be quantised so; no weights are read."""
+    config = open_config(reference, trust_remote_code=trust_remote_code)
+    blocks, _ = _linears(reference, config, trust_remote_code=trust_remote_code)
+    check_quantisation(quantise, blocks, device)
 
 
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -418,6 +445,15 @@ def _skeleton(reference: str, config: Any, *, trust_remote_code: bool) -> Any:
         return maker.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
+def _linears(reference: str, config: Any, *, trust_remote_code: bool) -> tuple[list[tuple[str, int]], list[str]]:
+    """Names and input widths of the linear layers of an LLM's blocks; names of the others. No weights are read."""
+    skeleton = _skeleton(reference, config, trust_remote_code=trust_remote_code)
+    blocks = block_linears(skeleton)
+    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    widths = [(name, module.weight.shape[isinstance(module, nn.Linear)]) for name, module in linears.items()]
+    return [(name, width) for name, width in widths if name in blocks], [name for name in linears if name not in blocks]
+
+
 def _table_names(skeleton: Any, layer: nn.Module) -> list[str]:
     """The names a checkpoint may give the table: with and without the base model's prefix, alone or in a composite."""
     full = next(f"{name}.weight" for name, module in skeleton.named_modules() if module is layer)
@@ -463,21 +499,21 @@ def _verify_inputs_embeds(llm: LanguageModel) -> None:
         )
 
 
+def blocks_name(model: Any) -> str:
+    """The name of the list of decoder blocks. Raises TransferError where they can't be told."""
+    decoder = model.get_decoder()
+    layers = model.config.get_text_config().num_hidden_layers
+    home = find_blocks(decoder, layers)
+    if home is None:
+        raise TransferError(f"{type(model).__name__}: found no list of {layers} decoder blocks")
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return ".".join(filter(None, (prefix, home)))
+
+
 def block_linears(model: Any) -> list[str]:
     """Full names of the linear layers inside the decoder blocks, for peft's `target_modules`.
 
-    `Linear` and GPT-2's `Conv1D`; embeddings, `lm_head` and OPT's projections stand outside the blocks. Raises
-    TransferError where the blocks can't be told.
+    Embeddings, `lm_head` and OPT's projections stand outside the blocks. Raises TransferError where the blocks can't be
+    told.
     """
-    decoder = model.get_decoder()
-    layers = model.config.get_text_config().num_hidden_layers
-    stacks = [
-        name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if not stacks:
-        raise TransferError(f"{type(model).__name__}: found no list of {layers} decoder blocks")
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    # the outermost list: a block may itself hold as many experts as the model has blocks
-    home = ".".join(filter(None, (prefix, min(stacks, key=lambda name: name.count(".")))))
-    blocks = model.get_submodule(home)
-    return [f"{home}.{name}" for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return linears_in(model, blocks_name(model))

@@ -180,6 +180,11 @@ class Recipe(Config):
                     f"stage {stage.name}: trainable.llm: full: weights that target.quantise keeps in few bits can't "
                     "train; right would be llm: lora, or target.quantise: null"
                 )
+            if self.target.quantise == "int8" and stage.trainable["llm"] == "lora" and stage.lora.dora:
+                raise ValueError(
+                    f"stage {stage.name}: lora.dora: peft finds no norms of weights in int8; right would be "
+                    "target.quantise: nf4, or dora: false"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ README.md                          the model card
 """
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 
-from vpgtrans.adapters import base_state, open_adapter
+from vpgtrans.adapters import base_state, is_adapted, merge, open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
 from vpgtrans.llm import Fingerprint, embeddings_sha256, open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
+from vpgtrans.quantise import SUPPORTED, has_bitsandbytes
 from vpgtrans.references import Resolved, file_sha256, pinned, resolve
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM
+
+_LOGGER = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -55,6 +59,8 @@ def save_vlm(
 ) -> Path:
     """Write a VLM directory, beside its place first, so that it is there whole or not at all.
 
+    An adapter in the encoder becomes part of its weights.
+
     Args:
         lineage: source VPG, source LLM, recipe hash, parent.
         encoder_trained: write the encoder's weights even if a reference names them.
@@ -64,6 +70,8 @@ def save_vlm(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     encoder = vlm.vpg.encoder
+    if is_adapted(encoder):
+        merge(encoder)  # in memory too: what was saved and loaded again gives the same
     by_reference = not encoder_trained and encoder.reference_sha256 is not None
     encoder_config = {"encoder": encoder.config.model_dump(mode="json"), "sha256": encoder.reference_sha256}
     save_part(temporary / "encoder", encoder_config, state=None if by_reference else encoder.state_dict())
@@ -109,7 +117,9 @@ def save_vlm(
             str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
             for path in files
         },
-        "llm": _fingerprint(vlm, trained=llm_trained).to_json() | {"trained": llm_trained, "adapter": adapted},
+        "llm": _fingerprint(vlm, trained=llm_trained).to_json()
+        | {"trained": llm_trained, "adapter": adapted}
+        | ({} if vlm.llm.quantised is None else {"quantised": vlm.llm.quantised}),
         "visual_tokens": vlm.vpg.tokens,
         "prompt": vlm.prompt.model_dump(mode="json"),
         "lineage": lineage,
@@ -149,7 +159,9 @@ def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
         connector_written = read_config(directory / "connector")
         connector_config = TypeAdapter(ConnectorConfig).validate_python(connector_written["connector"])
         prompt = PromptConfig.model_validate(manifest["prompt"])
-        fields = {key: value for key, value in manifest["llm"].items() if key not in ("trained", "adapter")}
+        fields = {
+            key: value for key, value in manifest["llm"].items() if key not in ("trained", "adapter", "quantised")
+        }
         fingerprint = Fingerprint.from_json(fields)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{directory}: a config is malformed: {error}") from error
@@ -196,7 +208,14 @@ def load_vlm(
     described = vision.manifest["llm"]
     base = pinned(described["reference"], described["revision"])
     name = str(directory / "llm") if described["trained"] else base
-    llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    quantised = described.get("quantised")  # by what trained it
+    if quantised is not None and not (has_bitsandbytes() and torch.device(device).type in SUPPORTED):
+        _LOGGER.warning(
+            "%s was trained on an LLM in %s; here, without bitsandbytes, it is opened as it is, and answers may differ "
+            "a little (pip install 'vpgtrans[quantised]')", directory, quantised,
+        )  # fmt: skip
+        quantised = None
+    llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantise=quantised)
     if not described["trained"]:
         check_base(vision.fingerprint, llm.fingerprint, where=str(directory))
     if described["adapter"]:

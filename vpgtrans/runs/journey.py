@@ -145,7 +145,7 @@ def _journey(
         run.vlm,
         lineage=lineage,
         card=model_card(recipe, summary, lineage),
-        encoder_trained=changed.get("encoder") == "full",
+        encoder_trained="encoder" in changed,
         llm_trained=changed.get("llm") == "full",
     )
     write_report(run.path)

@@ -188,6 +188,7 @@ def open_target(recipe: Recipe, *, device: torch.device) -> LanguageModel:
         dtype=llm_dtype(recipe.trainer, device),
         device=device,
         trust_remote_code=recipe.target.trust_remote_code,
+        quantise=recipe.target.quantise,
     )
 
 

@@ -4,16 +4,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vpgtrans.adapters import ADAPTER_MODULES, adapter_state, put_adapter
+from vpgtrans.adapters import adapter_state, inject, is_adapted, lora_config, of_adapter, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
 from vpgtrans.errors import RecipeError
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
+from vpgtrans.quantise import weights_in
 from vpgtrans.training.config import Stage
+from vpgtrans.vision.encoders import transformer_linears
 from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM
 
@@ -35,17 +37,21 @@ def check_stages(stages: Sequence[Stage], vpg: VPG, model: nn.Module) -> None:
     """Refuse stages that would train nothing on these parts; before anything is written.
 
     Raises:
-        RecipeError: `lora.targets` names what the LLM doesn't have, or the parts that train have no parameters.
+        RecipeError: an adapter's targets name what the part doesn't have, the encoder has no layers that could be
+            adapted, or the parts that train have no parameters.
     """
     for stage in stages:
         trains = {part for part, mode in stage.trainable.items() if mode != "frozen"}
-        if stage.trainable["llm"] == "lora" and stage.lora.targets is not None:
-            there = sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
-            if wrong := [target for target in stage.lora.targets if target not in there]:
+        if stage.trainable["llm"] == "lora":
+            _check_targets(f"stage {stage.name}: lora", stage.lora, block_linears(model), "LLM")
+        if stage.trainable["encoder"] == "lora":
+            names = [name for model in vpg.encoder.transformers() for name in transformer_linears(model)]
+            if not names:
                 raise RecipeError(
-                    f"stage {stage.name}: lora.targets: {', '.join(wrong)}: the LLM's blocks have no such linear "
-                    f"layer; they have {', '.join(there)}"
+                    f"stage {stage.name}: trainable.encoder: lora goes on the linear layers of a vision transformer's "
+                    f"blocks, and {vpg.encoder.config.kind} has none; right would be encoder: full or frozen"
                 )
+            _check_targets(f"stage {stage.name}: encoder_lora", stage.encoder_lora, names, "encoder")
         if trains == {"connector"} and not any(True for _ in vpg.connector.parameters()):
             raise RecipeError(
                 f"stage {stage.name}: trains nothing: the connector ({vpg.config.connector.kind}) has no parameters; "
@@ -53,32 +59,41 @@ def check_stages(stages: Sequence[Stage], vpg: VPG, model: nn.Module) -> None:
             )
 
 
+def _check_targets(key: str, config: LoRAConfig, names: Sequence[str], owner: str) -> None:
+    there = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if wrong := [target for target in config.targets or () if target not in there]:
+        raise RecipeError(
+            f"{key}.targets: {', '.join(wrong)}: the {owner}'s blocks have no such linear layer; they have "
+            f"{', '.join(there)}"
+        )
+
+
 def add_adapter(vlm: VLM, config: LoRAConfig) -> None:
     """Put LoRA on the LLM's block linears, named exactly; its weights are float32, its output zero at first."""
-    names = block_linears(vlm.language_model)
-    if config.targets is not None:
-        names = [name for name in names if name.rsplit(".", 1)[-1] in config.targets]
-    adapted = get_peft_model(
-        vlm.language_model,
-        LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names, bias="none"
-        ),
-    )
+    adapted = get_peft_model(vlm.language_model, lora_config(config, block_linears(vlm.language_model)))
     adapted.peft_config["default"].base_model_name_or_path = vlm.llm.reference
     vlm.language_model = adapted
     vlm.llm.model = adapted
+
+
+def _add_encoder_adapter(vlm: VLM, config: LoRAConfig) -> None:
+    """The same on the blocks of an encoder's vision transformers."""
+    for model in vlm.vpg.encoder.transformers():
+        inject(model, config, transformer_linears(model))
 
 
 def set_trainable(vlm: VLM, stage: Stage) -> None:
     """Set `requires_grad` of every parameter as the stage says, and every module's train or eval mode."""
     for part in PARTS:
         module, mode = part_module(vlm, part), stage.trainable[part]
-        if mode == "lora" and not isinstance(vlm.language_model, PeftModel):
-            add_adapter(vlm, stage.lora)
-            module = vlm.language_model
+        if mode == "lora" and not is_adapted(module):
+            if part == "encoder":
+                _add_encoder_adapter(vlm, stage.encoder_lora)
+            else:
+                add_adapter(vlm, stage.lora)
+            module = part_module(vlm, part)
         for name, parameter in module.named_parameters():
-            of_adapter = not ADAPTER_MODULES.isdisjoint(name.split("."))
-            parameter.requires_grad_(mode == ("lora" if of_adapter else "full"))
+            parameter.requires_grad_(mode == ("lora" if of_adapter(name) else "full"))
         if mode == "full":
             module.float()  # updates of a large-rate optimizer vanish in half precision
     set_modes(vlm, stage)
@@ -108,7 +123,7 @@ def table(vlm: VLM, stage: Stage) -> list[dict[str, Any]]:
                 "stage": stage.name,
                 "part": part,
                 "mode": stage.trainable[part],
-                "parameters": sum(parameter.numel() for parameter in parameters),
+                "parameters": sum(map(weights_in, parameters)),
                 "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
                 "lr": stage.rates.get(part),
             }

@@ -58,6 +58,10 @@ class Encoder(nn.Module, ABC):
         """Of the parameters."""
         return next(self.parameters()).dtype
 
+    def transformers(self) -> list[nn.Module]:
+        """The vision transformers of `transformers` that it holds, if any: what can be adapted and checkpointed."""
+        return []
+
     def train(self, mode: bool = True) -> "Encoder":
         """Training mode only where something trains; batch norms keep their ImageNet statistics in any case."""
         super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))

@@ -65,6 +65,9 @@ class ConcatEncoder(Encoder):
             encoder.load_reference()
         self.reference_sha256 = self.weights_sha256()
 
+    def transformers(self) -> list[nn.Module]:
+        return [model for encoder in self._all for model in encoder.transformers()]
+
     @property
     def step(self) -> int:
         return math.lcm(*(encoder.step for encoder in self._all))

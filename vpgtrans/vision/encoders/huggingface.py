@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -125,6 +125,9 @@ class HuggingFaceEncoder(Encoder):
         output = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=self._hidden, **options)
         features = output.hidden_states[self.config.layer] if self._hidden else output.last_hidden_state
         return features[:, self.prefix :] if self.config.select == "patch" else features
+
+    def transformers(self) -> list[nn.Module]:
+        return [self.model]
 
     def load_reference(self) -> None:
         """Load the weights that the config's reference names."""
