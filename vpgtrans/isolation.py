@@ -16,7 +16,7 @@ means than attention is refused.
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -52,6 +52,7 @@ BLOCKS, VARLEN, WRITING = "vpgtrans_blocks", "vpgtrans_varlen", "vpgtrans_writin
 """Names in transformers' register. It makes no mask for the first two."""
 
 
+@torch.compiler.disable
 def _blocks(
     module: nn.Module,
     query: Tensor,
@@ -89,6 +90,7 @@ def _blocks(
     return torch.cat(found)[segments.back].view(*segments.shape, *found[0].shape[1:]), None
 
 
+@torch.compiler.disable
 def _varlen(
     module: nn.Module,
     query: Tensor,
@@ -204,6 +206,12 @@ def attention(model: Any, name: str) -> Iterator[None]:
                 stack.enter_context(_replaced(module, "_gradient_checkpointing_func", partial(_again, model, name)))
         stack.enter_context(_replaced(model.config.get_text_config(), "_attn_implementation", lambda _: name))
         yield
+
+
+def attention_as_now(model: Any) -> AbstractContextManager[None]:
+    """A block within which the LLM's attention is what it is now, whenever it is entered."""
+    name = model.config.get_text_config()._attn_implementation
+    return _replaced(model.config.get_text_config(), "_attn_implementation", lambda _: name)
 
 
 @contextmanager

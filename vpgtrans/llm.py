@@ -28,7 +28,7 @@ from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.config import Quantisation
 from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
 from vpgtrans.parts import tensor_bytes
-from vpgtrans.quantise import check_quantisation, keep_trainable, quantisation_config
+from vpgtrans.quantise import check_bitsandbytes, check_quantisation, keep_trainable, quantisation_config
 from vpgtrans.references import Resolved, portable, resolve
 
 log = logging.getLogger(__name__)
@@ -200,8 +200,9 @@ def open_llm(
     text = _causal_config(reference, config)
     options: dict[str, Any] = {}
     if quantise is not None:
+        check_bitsandbytes(f"target.quantise: {quantise}")
         blocks, leave = _linears(reference, text, trust_remote_code=trust_remote_code)
-        check_quantisation(quantise, blocks, device)
+        check_quantisation(quantise, blocks)
         packed = quantisation_config(quantise, dtype=dtype or torch.bfloat16, leave=leave)
         options = {"quantization_config": packed, "device_map": {"": torch.device(device)}}
     try:
@@ -281,13 +282,10 @@ def max_tokens_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_quantisable(
-    reference: str, quantise: Quantisation, *, device: torch.device, trust_remote_code: bool = False
-) -> None:
-    """Raises RecipeError where the LLM can't be quantised so; no weights are read."""
+def linears_of(reference: str, *, trust_remote_code: bool = False) -> tuple[list[tuple[str, int]], list[str]]:
+    """Names and input widths of the linear layers of an LLM's blocks; names of the others. No weights are read."""
     config = open_config(reference, trust_remote_code=trust_remote_code)
-    blocks, _ = _linears(reference, config, trust_remote_code=trust_remote_code)
-    check_quantisation(quantise, blocks, device)
+    return _linears(reference, config, trust_remote_code=trust_remote_code)
 
 
 def open_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -446,7 +444,7 @@ def _skeleton(reference: str, config: Any, *, trust_remote_code: bool) -> Any:
 
 
 def _linears(reference: str, config: Any, *, trust_remote_code: bool) -> tuple[list[tuple[str, int]], list[str]]:
-    """Names and input widths of the linear layers of an LLM's blocks; names of the others. No weights are read."""
+    """As `linears_of`."""
     skeleton = _skeleton(reference, config, trust_remote_code=trust_remote_code)
     blocks = block_linears(skeleton)
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)}

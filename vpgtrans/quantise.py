@@ -34,19 +34,15 @@ def check_bitsandbytes(key: str) -> None:
         raise RecipeError(f"{key}: bitsandbytes is not installed; right would be pip install 'vpgtrans[quantised]'")
 
 
-def check_quantisation(kind: Quantisation, layers: Sequence[tuple[str, int]], device: torch.device | str) -> None:
+def check_quantisation(kind: Quantisation, layers: Sequence[tuple[str, int]]) -> None:
     """Whether an LLM's layers can be quantised; before its weights are read.
 
     Args:
         layers: name and width of the input of each linear layer of its blocks.
 
     Raises:
-        RecipeError: bitsandbytes is not installed, knows no such device, or has no blocks for such widths.
+        RecipeError: bitsandbytes has no blocks for such widths.
     """
-    check_bitsandbytes(f"target.quantise: {kind}")
-    device = torch.device(device)
-    if device.type not in SUPPORTED:
-        raise RecipeError(f"target.quantise: {kind} runs on {' and '.join(SUPPORTED)}, not on {device.type}")
     odd = {name: width for name, width in layers if width % BLOCK}
     if kind == "nf4" and odd:
         name, width = next(iter(odd.items()))

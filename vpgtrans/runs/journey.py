@@ -26,6 +26,7 @@ from vpgtrans.runs.start import Start, begin, describe, prepare, written_out
 from vpgtrans.runs.training import run_stages
 from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
+from vpgtrans.training.fitting import check_fitting
 from vpgtrans.training.parts import changed_parts
 from vpgtrans.vision.preprocess import thumbnail
 from vpgtrans.vlm_directory import save_vlm
@@ -82,6 +83,7 @@ def _journey(
     path = check_run(recipe, output, resume=resume, overwrite=overwrite)
     where = pick_device(device)
     check_devices(recipe, where)
+    check_fitting(recipe, where)
     # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)

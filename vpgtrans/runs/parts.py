@@ -14,10 +14,11 @@ from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.doctor import cpu_has_bf16
 from vpgtrans.errors import DataError, RecipeError, TransferError
-from vpgtrans.llm import LanguageModel, WordEmbeddings, open_config, open_llm, read_embeddings
+from vpgtrans.llm import LanguageModel, WordEmbeddings, linears_of, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import check_attention
+from vpgtrans.quantise import check_quantisation
 from vpgtrans.recipe import Recipe
 from vpgtrans.references import pinned, resolve
 from vpgtrans.training.config import TrainerConfig
@@ -275,10 +276,20 @@ def check_references(recipe: Recipe) -> None:
 
     Raises:
         ReferenceError_: it doesn't resolve, or the target is no causal LLM. IntegrityError: a checksum differs.
+        RecipeError: the target can't be quantised as the recipe says.
     """
     open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
+    check_quantisable(recipe)
     if isinstance(recipe.source.vpg, str):
         resolve(recipe.source.vpg, weights=False)
+
+
+def check_quantisable(recipe: Recipe) -> None:
+    """Raises RecipeError where the target's layers can't be quantised as the recipe says; no weights are read."""
+    target = recipe.target
+    if target.quantise is not None:
+        blocks, _ = linears_of(target.llm, trust_remote_code=target.trust_remote_code)
+        check_quantisation(target.quantise, blocks)
 
 
 def readable(mixture: Mixture, rows: Iterable[int]) -> tuple[list[int], list[Image.Image]]:

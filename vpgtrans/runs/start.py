@@ -29,6 +29,7 @@ from vpgtrans.runs.parts import (
 )
 from vpgtrans.training.devices import world_size
 from vpgtrans.training.draws import pack_draws
+from vpgtrans.training.fitting import check_blocks
 from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.transfer.converters import fit
 from vpgtrans.transfer.initialisers import Context, Initialisation, initialise
@@ -93,6 +94,7 @@ def prepare(recipe: Recipe, *, device: torch.device, source: Source, train: Mixt
     set_resolution(source.vpg, recipe)
     llm = open_target(recipe, device=device)
     check_stages(recipe.stages, source.vpg, llm.model)
+    check_blocks(recipe.trainer, source.vpg)
     source.vpg.to(device)
     if source.vpg.encoder.reference_sha256 is not None:  # one that the VLM carries itself is written back as it was
         source.vpg.encoder.to(encoder_dtype(recipe, device))

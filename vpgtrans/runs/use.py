@@ -19,6 +19,7 @@ from vpgtrans.recipe import Recipe, parse_source
 from vpgtrans.references import resolve
 from vpgtrans.runs.answers import answer
 from vpgtrans.runs.parts import (
+    check_quantisable,
     check_references,
     check_widths,
     open_vlm,
@@ -28,6 +29,7 @@ from vpgtrans.runs.parts import (
 )
 from vpgtrans.runs.start import prepare, score_candidates, score_others
 from vpgtrans.training.devices import check_sharing, lacks
+from vpgtrans.training.fitting import check_fitting
 from vpgtrans.vision.importers import importable
 from vpgtrans.vlm_directory import load_vision
 
@@ -170,6 +172,11 @@ def validate(recipe: Recipe) -> dict[str, Any]:
     check_sharing(recipe)
     for problem in lacks(recipe, pick_device("auto")):
         _LOGGER.warning("%s; here it would not train", problem)
+    check_quantisable(recipe)
+    try:
+        check_fitting(recipe, pick_device("auto"))
+    except RecipeError as error:
+        _LOGGER.warning("%s; here it would not train", error)
     if recipe.target.connector is not None:
         found["visual_tokens"] = outlined.visual_tokens
     return found

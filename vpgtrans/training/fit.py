@@ -28,6 +28,7 @@ from vpgtrans.training.config import Stage
 from vpgtrans.training.devices import data_workers, trainer_devices, world_size
 from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront, Level
+from vpgtrans.training.fitting import fitted
 from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.log import RunLog
 from vpgtrans.training.module import StageModule
@@ -180,6 +181,7 @@ class StageRun:
             done=progress.update,
             seed=recipe.seed,
             stream=index,
+            optimizer=recipe.trainer.optimizer,
         )
         self.best_state: dict[str, Tensor] = {}
         self._bar = bar()
@@ -235,7 +237,12 @@ class StageRun:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
         try:
-            with self._bar, killed_is_said(), warnings.catch_warnings():
+            with (
+                self._bar,
+                killed_is_said(),
+                fitted(self.vlm, stage, self.recipe.trainer),
+                warnings.catch_warnings(),
+            ):
                 # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
                 warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
                 warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")

@@ -16,7 +16,8 @@ from vpgtrans.errors import TrainingError
 from vpgtrans.training.config import Stage
 from vpgtrans.training.features import FrozenFront
 from vpgtrans.training.objectives import Objective
-from vpgtrans.training.parts import set_modes, trained_parameters
+from vpgtrans.training.optimizers import Kind, build_optimizer
+from vpgtrans.training.parts import set_modes
 from vpgtrans.training.samples import Batch
 from vpgtrans.training.strategies import Together
 from vpgtrans.vlm import VLM
@@ -42,6 +43,7 @@ class StageModule(L.LightningModule):
         done: int = 0,
         seed: int = 0,
         stream: int = 0,
+        optimizer: Kind = "adamw",
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -55,6 +57,7 @@ class StageModule(L.LightningModule):
         self.done = done
         self.seed = seed
         self.stream = stream
+        self.optimizer = optimizer
         self.resume_optimizer: dict[str, Any] | None = None
         self.together = Together(self)
         """How devices train this together; another one is put here before training begins."""
@@ -80,22 +83,7 @@ class StageModule(L.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * (update - ramp) / max(1, self.updates - ramp)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; biases and norm weights (tensors of fewer than two dimensions) without weight decay."""
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for part, _, parameter in trained_parameters(self.vlm, self.stage):
-            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.stage.rates[part],  # type: ignore[index]
-                    "peak_lr": self.stage.rates[part],  # type: ignore[index]
-                    "weight_decay": self.stage.weight_decay if decays else 0.0,
-                }
-                for (part, decays), parameters in groups.items()
-            ],
-            betas=(0.9, 0.98),
-        )
+        optimizer = build_optimizer(self.vlm, self.stage, self.optimizer)
         if self.resume_optimizer is not None:
             self.together.put_optimizer_state(optimizer, self.resume_optimizer)
         return optimizer
