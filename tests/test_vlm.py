@@ -20,9 +20,10 @@ from vpgtrans.config import (
 from vpgtrans.errors import DataError, TransferError
 from vpgtrans.llm import LanguageModel, open_llm
 from vpgtrans.projector import Projector
+from vpgtrans.token_loss import After
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vision.vpg import VPG
-from vpgtrans.vlm import VLM, Splice, head_only_at
+from vpgtrans.vlm import VLM, Splice, after_head, head_only_at
 
 ANSWERS = ["a cat", "two clocks on the wall show half past eleven", "x", "flag: Japan 🙂"]
 TEMPLATES = ["<image>\n", "What is in the picture?<image> It is", "<image>"]
@@ -109,6 +110,7 @@ def test_the_head_runs_at_answer_positions_only(path):
     splice = Splice(llm, PromptConfig(), visual_tokens=3)
     seen: list[torch.Size] = []
     head = llm.model.get_output_embeddings()
+    head.weight.requires_grad_(True)  # of a frozen one there are no logits
     before = dict(head._forward_pre_hooks)
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     nll, _ = splice.token_nll(random_prompts(llm), ANSWERS)
@@ -117,6 +119,59 @@ def test_the_head_runs_at_answer_positions_only(path):
     assert seen == [torch.Size([1, tokens, head.out_features])]
     assert len(nll) == tokens
     assert head._forward_pre_hooks == before  # nothing stays behind
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_a_frozen_head_gives_no_logits_a_trained_one_does_and_the_loss_is_the_same(path, trained):
+    llm = open_llm(str(path), dtype=torch.float32)
+    prompts = random_prompts(llm)
+    splice = Splice(llm, PromptConfig(), visual_tokens=3)
+    head = llm.model.get_output_embeddings()
+    seen: list[int] = []
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    plain, other = (each.clone().requires_grad_() for each in (prompts, prompts))
+    head.weight.requires_grad_(True)
+    expected, _ = splice.token_nll(plain, ANSWERS)
+    head.weight.requires_grad_(trained)
+    found, _ = splice.token_nll(other, ANSWERS)
+    handle.remove()
+    assert seen[0] == head.out_features
+    assert seen[-1] == (head.out_features if trained else 1)
+    torch.testing.assert_close(found, expected)
+    for nll in (found, expected):
+        nll.sum().backward()
+    torch.testing.assert_close(other.grad, plain.grad)
+    assert "forward" not in vars(head)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "after"),
+    [
+        ("llama", {}, After()),
+        ("gemma3", {}, After()),
+        ("gemma3", {"final_logit_softcapping": 0.3}, After(cap=0.3)),
+        ("granite", {"logits_scaling": 8.0}, After(scale=1 / 8)),
+    ],
+)
+def test_what_a_family_does_after_its_head_is_measured(tmp_path, family, changes, after):
+    llm = open_llm(str(sharp_llm(family, tmp_path / "llm", **changes)))
+    assert after_head(llm) == after
+
+
+def test_a_head_whose_logits_become_something_else_is_run_as_it_is(path, monkeypatch):
+    llm = open_llm(str(path), dtype=torch.float32)
+    forward = type(llm.model).forward
+
+    def masked(self, *arguments, **named):
+        output = forward(self, *arguments, **named)
+        output.logits = output.logits - 0.1 * torch.arange(output.logits.shape[-1])
+        return output
+
+    plain, _ = Splice(llm, PromptConfig(), visual_tokens=3).token_nll(prompts := random_prompts(llm), ANSWERS)
+    monkeypatch.setattr(type(llm.model), "forward", masked)
+    assert after_head(llm) is None
+    nll, _ = Splice(llm, PromptConfig(), visual_tokens=3).token_nll(prompts, ANSWERS)
+    assert not torch.allclose(nll, plain)
 
 
 def test_head_only_at_is_undone_after_an_error(path):

@@ -315,12 +315,12 @@ def isolate(
     candidates: Sequence[Backend] = _candidates(llm.model) if wanted == "auto" else [wanted]
     if both_ways:
         candidates = ["blocks"]
-    with _in_eval_mode(llm.model):
+    with in_eval_mode(llm.model):
         return _measured(llm, candidates, longest=longest, both_ways=both_ways)
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the block nothing is dropped at random, and no random number is drawn."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -11,6 +11,7 @@ at those positions only: a vocabulary of 262,144 words times every position woul
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig, ResolutionConfig
 from vpgtrans.errors import DataError, TransferError
-from vpgtrans.isolation import Backend, Isolation, isolate, writing
+from vpgtrans.isolation import Backend, Isolation, in_eval_mode, isolate, writing
 from vpgtrans.layout import Layout, Layouts, Size
-from vpgtrans.llm import LanguageModel
+from vpgtrans.llm import LanguageModel, word_ids
 from vpgtrans.projector import Projector
 from vpgtrans.prompts import IMAGE, VISUAL, Encoded, Prompter, Text, Turn
 from vpgtrans.segments import Segments
-from vpgtrans.token_loss import token_nll
+from vpgtrans.token_loss import After, head_nll, token_nll
 from vpgtrans.vision.preprocess import open_image
 from vpgtrans.vision.vpg import VPG, in_turns, of_pieces
 
@@ -179,13 +180,26 @@ class Splice:
         isolation = self.isolation
         if batch.segments is not None and isolation is None:
             isolation = self.isolate(longest=self.prompter.max_tokens if packed else None)
-        with head_only_at(model, batch.predicts):
+
+        def run() -> Any:
             if isolation is not None and batch.segments is not None:
-                logits = isolation.run(model, batch.embeddings, batch.segments).logits
-            else:
-                mask = batch.attention_mask
-                logits = model(inputs_embeds=batch.embeddings, attention_mask=mask, use_cache=False).logits
+                return isolation.run(model, batch.embeddings, batch.segments)
+            mask = batch.attention_mask
+            return model(inputs_embeds=batch.embeddings, attention_mask=mask, use_cache=False)
+
+        head = model.get_output_embeddings()
+        after = self._after_head if type(head) is nn.Linear and not head.weight.requires_grad else None
+        if after is not None:
+            with nll_in_head(head, batch.predicts, batch.targets, after) as found:
+                run()
+            return found[0], batch.rows
+        with head_only_at(model, batch.predicts):
+            logits = run().logits
         return token_nll(logits[0], batch.targets), batch.rows
+
+    @cached_property
+    def _after_head(self) -> After | None:
+        return after_head(self.llm)
 
     @torch.no_grad()
     def caption_nll(self, prompts: Tensor, captions: Sequence[Text], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -353,3 +367,41 @@ def head_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def nll_in_head(head: nn.Linear, positions: Tensor, targets: Tensor, after: After) -> Iterator[list[Tensor]]:
+    """Within the block a model's head gives no logits: it leaves the NLL [n] of the targets at positions [B, L] in the
+    list. It does so itself, because that is where its weight is whole if it is sharded."""
+    found: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        found.append(head_nll(hidden[positions], head.weight, head.bias, targets, after))
+        return hidden.new_zeros(1, 1, 1)
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del head.forward
+
+
+@torch.no_grad()
+def after_head(llm: LanguageModel) -> After | None:
+    """What a family does to its head's logits (soft caps, scaling), measured; None where it is something else."""
+    head = llm.model.get_output_embeddings()
+    values = torch.linspace(-100, 100, head.out_features, dtype=torch.float64, device=head.weight.device)
+    values[:2] = torch.tensor([1e-4, 1e6])
+    head.forward = lambda hidden: values[None, None]
+    try:
+        word = llm.embed(word_ids(llm.tokenizer, llm.fingerprint.vocabulary)[:1].to(head.weight.device))
+        with in_eval_mode(llm.model):  # a draw of a dropout would shift those of the update
+            found = llm.model(inputs_embeds=word[None], use_cache=False).logits.flatten().double()
+    finally:
+        del head.forward
+    if found.shape != values.shape:
+        return None
+    slope = (found[0] / values[0]).item()
+    cap = found[1].item()
+    candidates = [After(), After(cap=cap), After(scale=slope), After(scale=slope, cap=cap)]
+    return next((each for each in candidates if torch.allclose(each(values.clone()), found, rtol=1e-6)), None)
