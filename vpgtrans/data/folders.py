@@ -1,11 +1,10 @@
 """A folder of images, each with a text of the same name beside it, or with one table for all of them."""
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vpgtrans.data.rows import Rows, file_state
+from vpgtrans.data.rows import Rows, State
 from vpgtrans.data.tars import IMAGES
 from vpgtrans.errors import DataError
 
@@ -39,15 +38,14 @@ class FolderRows(Rows):
         """Beside the images themselves, which the fingerprint covers: an object may name another one."""
         return any(text is not None and text.suffix == ".json" for text in self._texts)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the texts' content; of the images, which may be many and large, of size and time of change."""
+    def content(self, state: State) -> str:
+        """The texts count with their content; the images, which may be many and large, do not."""
         digest = hashlib.sha256()
         for image, text in zip(self._images, self._texts, strict=True):
             digest.update(f"{image}\0".encode("utf-8", "surrogateescape"))
-            digest.update(file_state(self._folder / image, whole=False))
+            digest.update(state(self._folder / image, whole=False))
             if text is not None:
-                digest.update(file_state(self._folder / text, whole=True))
+                digest.update(state(self._folder / text, whole=True))
         return digest.hexdigest()
 
     def where(self, row: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vpgtrans.data.rows import Rows
+from vpgtrans.data.rows import Rows, State
 from vpgtrans.errors import DataError
 
 KEY = b"vpgtrans"
@@ -77,6 +77,9 @@ class KeptRows(Rows):
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self._rows.fingerprint.encode() + self._kept.tobytes()).hexdigest()
+
+    def content(self, state: State) -> str:
+        return hashlib.sha256(self._rows.content(state).encode() + self._kept.tobytes()).hexdigest()
 
 
 def kept_rows(rows: Rows, file: Path, *, id_column: str) -> KeptRows:

@@ -13,16 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from vpgtrans.errors import DataError
+from vpgtrans.references import digest
 
 _WHOLE_FILE_LIMIT = 1 << 30
 """Files up to this size count with their content in a fingerprint; larger ones with size and modification time."""
 _STRETCH = 1 << 22
 """Bytes that are scanned at once."""
+_BLOCKS, _BLOCK = 64, 1 << 16
+"""Of a larger file as many blocks of so many bytes, first and last among them, tell a copy from another file."""
 
 
 class Rows(ABC):
@@ -80,16 +83,20 @@ class Rows(ABC):
         """A row as its owner would look for it."""
         return f"{self.name}, row {row}"
 
+    def content(self, state: "State") -> str:
+        """A hash of what the rows depend on, by what `state` tells of each file."""
+        found = hashlib.sha256()
+        for file in self.files:
+            found.update(state(file, whole=True))
+        return found.hexdigest()
+
     def reopen(self) -> None:  # noqa: B027  # most have nothing to let go of
         """In a process that was forked: let go of open files, connections and buffers, which two must not share."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Of what the files hold."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(file_state(file, whole=True))
-        return digest.hexdigest()
+        return self.content(file_state)
 
 
 class ListRows(Rows):
@@ -271,13 +278,43 @@ def _escaped(piece: np.ndarray, escape: bool) -> np.ndarray:
     return slashes[lasts[(lasts - firsts) % 2 == 0]] + 1
 
 
+class State(Protocol):
+    """What tells a changed file from itself as it was."""
+
+    def __call__(self, file: str | Path, *, whole: bool) -> bytes:
+        """whole: its content counts, as far as that can be read in a moment."""
+
+
 def file_state(file: str | Path, *, whole: bool) -> bytes:
-    """What tells a changed file: its content's hash or, for large ones and where `whole` is false, size and time."""
-    try:
-        status = os.stat(file)
-    except (OSError, ValueError):  # ValueError: a null byte in the name
+    """The content's hash or, for large files and where `whole` is false, size and time."""
+    status = _status(file)
+    if status is None:
         return b"missing"
     if whole and status.st_size <= _WHOLE_FILE_LIMIT:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
+        return digest(Path(file))
     return f"{status.st_size} {status.st_mtime_ns}".encode()
+
+
+def lasting_state(file: str | Path, *, whole: bool) -> bytes:
+    """As `file_state`, but a copy with another time is the same: of large files their size and some blocks count."""
+    status = _status(file)
+    if status is None:
+        return b"missing"
+    size = str(status.st_size).encode()
+    if not whole:
+        return size
+    if status.st_size <= _WHOLE_FILE_LIMIT:
+        return digest(Path(file))
+    blocks = hashlib.sha256(size)
+    with open(file, "rb") as stream:
+        for number in range(_BLOCKS):
+            stream.seek((status.st_size - _BLOCK) * number // (_BLOCKS - 1))
+            blocks.update(stream.read(_BLOCK))
+    return blocks.digest()
+
+
+def _status(file: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(file)
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return None

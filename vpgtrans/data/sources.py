@@ -16,7 +16,7 @@ from PIL import Image
 from vpgtrans.data.config import DataSource
 from vpgtrans.data.formats import Opened, open_rows
 from vpgtrans.data.layouts import columns_of, layout_of, located, named_files, parse
-from vpgtrans.data.rows import Rows, file_state
+from vpgtrans.data.rows import Rows, State, file_state, lasting_state
 from vpgtrans.data.sample import Sample
 from vpgtrans.data.urls import read
 from vpgtrans.errors import DataError, Dropped
@@ -195,8 +195,16 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that samples depend on: the files, the columns, and the image files that the rows name."""
+        return self._told(self.rows.fingerprint, file_state)
+
+    def content(self) -> str:
+        """As `fingerprint`, but the same for a copy in another place; of the image files that rows name the size
+        counts."""
+        return self._told(self.rows.content(lasting_state), lasting_state)
+
+    def _told(self, rows: str, state: State) -> str:
         digest = hashlib.sha256(self.config.model_dump_json(exclude={"weight", "dataset", "filter"}).encode())
-        digest.update(self.rows.fingerprint.encode())
+        digest.update(rows.encode())
         folder = str(self._folder or "")
         known: set[str] = set()
         for file in self._named_files():
@@ -204,8 +212,8 @@ class Source:
                 if len(known) == _KNOWN_FILES:
                     known.clear()
                 known.add(file)
-                state = file_state(os.path.join(folder, file), whole=False)
-                digest.update(file.encode("utf-8", "surrogatepass") + b"\0" + state)
+                told = state(os.path.join(folder, file), whole=False)
+                digest.update(file.encode("utf-8", "surrogatepass") + b"\0" + told)
         return digest.hexdigest()
 
     def _named_files(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vpgtrans.data.rows import Rows
+from vpgtrans.data.rows import Rows, State
 from vpgtrans.data.tables import undecoded
 from vpgtrans.errors import DataError
 
@@ -73,6 +73,9 @@ class StreamRows(Rows):
 
     @property
     def fingerprint(self) -> str:
+        return self._state
+
+    def content(self, state: State) -> str:
         return self._state
 
     def read(self, row: int) -> dict[str, Any]:
