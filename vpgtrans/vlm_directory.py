@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from vpgtrans.adapters import base_state, is_adapted, merge, open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
+from vpgtrans.files import sync
 from vpgtrans.llm import Fingerprint, embeddings_sha256, open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
@@ -69,6 +70,20 @@ def save_vlm(
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write_vlm(vlm, temporary, lineage=lineage, card=card, encoder_trained=encoder_trained, llm_trained=llm_trained)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    sync(directory.parent)
+    return directory
+
+
+def _write_vlm(
+    vlm: VLM, temporary: Path, *, lineage: dict[str, Any], card: str, encoder_trained: bool, llm_trained: bool
+) -> None:
     encoder = vlm.vpg.encoder
     if is_adapted(encoder):
         merge(encoder)  # in memory too: what was saved and loaded again gives the same
@@ -125,9 +140,8 @@ def save_vlm(
         "lineage": lineage,
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
-    return directory
+    for path in [*files, temporary / MANIFEST, *(path.parent for path in files)]:
+        sync(path)
 
 
 def _fingerprint(vlm: VLM, *, trained: bool) -> Fingerprint:
