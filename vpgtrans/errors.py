@@ -61,6 +61,10 @@ class RegistryError(UserError):
     """A registry file is malformed or has no such entry."""
 
 
+class MachineError(VpgTransError):
+    """Memory or disk ran out, or a directory can't be written any more. What was saved before is whole."""
+
+
 class TrainingError(VpgTransError):
     """Training stopped: a non-finite loss, or too many unreadable images."""
 

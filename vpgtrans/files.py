@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, in directories that one process writes to."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -60,6 +61,25 @@ def owned(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone(file: Path, *, busy: str) -> Iterator[None]:
+    """Within the block no other process is in one with the same file, which is made if need be and stays.
+
+    Processes that this one forks don't hold it, so it is free as soon as this one is gone. Where the file system knows
+    no locks, nothing is held.
+
+    Raises:
+        OutputError: another process is in such a block; the message is `busy`.
+    """
+    with file.open("a") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise OutputError(busy) from error
+        yield
+
+
 def key_digest(key: Mapping[str, Any]) -> str:
     """A name for what is kept under a key of plain values."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -103,10 +123,17 @@ def _content(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""What file systems say that keep names by themselves, and flush no directory."""
+
+
 def sync(path: Path) -> None:
     """Flush a file or a directory's names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
