@@ -11,10 +11,12 @@ import torch
 
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.errors import VpgTransError, rule_of
+from vpgtrans.files import appearing
 from vpgtrans.processes import first_process
 from vpgtrans.progress import trainable_table
 from vpgtrans.recipe import Recipe
 from vpgtrans.runs.directory import RunDirectory
+from vpgtrans.shortage import peers_are_missed, shortages_are_said
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Clock, Progress
 from vpgtrans.training.fit import StageResult, StageRun
 from vpgtrans.training.log import RunLog
@@ -27,15 +29,14 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Interrupted(VpgTransError):
-    """A signal asked the run to stop; a checkpoint was written."""
+    """A signal asked the run to stop; a checkpoint was written, if anything was trained."""
 
     of_all = True
 
-    def __init__(self, signum: int, where: str):
+    def __init__(self, signum: int, where: str, *, saved: bool = True):
         name = signal.Signals(signum).name
-        super().__init__(
-            f"stopped by {name}; a checkpoint is in {where}; the same command with --resume goes on from it"
-        )
+        what = "a checkpoint is" if saved else "there is no checkpoint yet"
+        super().__init__(f"stopped by {name}; {what} in {where}; the same command with --resume goes on from there")
         self.exit_code = 128 + signum
 
 
@@ -60,7 +61,8 @@ def run_stages(
             earlier start's time.
 
     Raises:
-        TrainingError: a loss that is not finite, or too many unreadable images. Interrupted: SIGINT or SIGTERM.
+        TrainingError: a loss that is not finite, too many unreadable images, or another process that trains along is
+            gone. MachineError: memory or disk ran out. Interrupted: SIGINT or SIGTERM.
     """
     # Of several processes the first one writes; the others do the same work on their share of each batch.
     first = first_process()
@@ -102,23 +104,26 @@ def run_stages(
                 }
                 progress.best = {}
             _LOGGER.info("%s", trainable_table(tables[-4:]))
+            kept = _kept(checkpoints)
             try:
-                stage_run = StageRun(
-                    vlm,
-                    recipe,
-                    index,
-                    train=train,
-                    validation=validation,
-                    bad=bad,
-                    log=log,
-                    checkpoints=checkpoints,
-                    progress=progress,
-                    changed=changed,
-                    stop=stop,
-                )
-                result = stage_run.run(here.optimizer if here else None, here.best_state if here else None)
+                with shortages_are_said(f"stage {stage.name}", kept=kept), peers_are_missed(kept):
+                    stage_run = StageRun(
+                        vlm,
+                        recipe,
+                        index,
+                        train=train,
+                        validation=validation,
+                        bad=bad,
+                        log=log,
+                        checkpoints=checkpoints,
+                        progress=progress,
+                        changed=changed,
+                        stop=stop,
+                    )
+                    result = stage_run.run(here.optimizer if here else None, here.best_state if here else None)
             except Stopped:
-                raise Interrupted(stop.signum or signal.SIGINT, str(run.path)) from None
+                saved = checkpoints is not None and checkpoints.newest is not None
+                raise Interrupted(stop.signum or signal.SIGINT, str(run.path), saved=saved) from None
             finally:
                 if first:
                     _write_counts(run, bad)
@@ -128,6 +133,11 @@ def run_stages(
                 state = take_state(vlm, changed)
                 checkpoints.save(Checkpoint(progress=progress, state=state, best_state={}, optimizer=None))
     return [StageResult(**values) for values in progress.finished]
+
+
+def _kept(checkpoints: Checkpoints | None) -> str:
+    """What is left of a run that ends here."""
+    return "" if checkpoints is None else f"the last good checkpoint in {checkpoints.directory} is kept"
 
 
 def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
@@ -145,12 +155,13 @@ def _write_counts(run: RunDirectory, bad: BadSamples) -> None:
         _LOGGER.info("samples: %(seen)d seen, %(used)d used, %(quarantined)d bad, %(dropped)d left out by rule", counts)
     if bad.listed:
         lines = [json.dumps({"id": name, "reason": reason}) + "\n" for reason, name in bad.listed.items()]
-        (run.path / "quarantine.jsonl").write_text("".join(lines))
+        with appearing(run.path / "quarantine.jsonl") as temporary:
+            temporary.write_text("".join(lines))
 
 
 def _read_skipped(run: RunDirectory) -> dict[str, str]:
     try:
         lines = [json.loads(line) for line in (run.path / "quarantine.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
-        return {}  # none so far, or the process was killed while it wrote: they will be met again
+        return {}  # none so far
     return {line["reason"]: line["id"] for line in lines}

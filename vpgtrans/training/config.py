@@ -157,3 +157,5 @@ class TrainerConfig(Config):
     """Validate on this many samples; None: all."""
     threads: PositiveInt | None = None
     """CPU threads; None: torch's own choice."""
+    checkpoint_every: PositiveInt | None = 100
+    """Optimizer updates between checkpoints, beside those at validations; null: at validations alone."""

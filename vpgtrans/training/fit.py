@@ -35,7 +35,7 @@ from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state, take_state
 from vpgtrans.training.samples import WINDOW, BadSamples, Samples
-from vpgtrans.training.stopping import StopSignals
+from vpgtrans.training.stopping import Stopped, StopSignals, keep_signals
 from vpgtrans.training.strategies import make_together
 from vpgtrans.training.watch import Watch
 from vpgtrans.training.workers import killed_is_said
@@ -184,6 +184,7 @@ class StageRun:
             optimizer=recipe.trainer.optimizer,
         )
         self.best_state: dict[str, Tensor] = {}
+        self._saved: int | None = None
         self._bar = bar()
         self._task = self._bar.add_task(stage.name, total=self.updates, completed=progress.update, note="")
 
@@ -230,6 +231,7 @@ class StageRun:
             strategy=self.module.together.plugin(),
             **trainer_devices(self.recipe.trainer, self.vlm.device),
         )
+        keep_signals(trainer)
         self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
         self.bad.shared = trainer.world_size > 1
         self.data.draws.check(trainer.world_size)
@@ -283,12 +285,36 @@ class StageRun:
         note = f"loss {loss:.3f}" + (f", best validation {best:.3f}" if best is not None else "")
         self._bar.update(self._task, completed=self.progress.update, note=note)
 
-    def validate(self) -> None:
-        """Measure, log, remember the best, write a checkpoint."""
-        started = time.perf_counter()
-        value = self.validator(self.module)
+    @property
+    def unvalidated(self) -> bool:
+        """Whether the validation at this update is still to come: at the start, or where a signal cut it short."""
         progress = self.progress
+        due = progress.update % self.validate_every == 0 and progress.validated != progress.update
+        return due or not progress.best
+
+    @property
+    def checkpoint_due(self) -> bool:
+        every = self.recipe.trainer.checkpoint_every
+        return every is not None and self.progress.update % every == 0
+
+    def validate(self) -> None:
+        """Measure, log, remember the best, write a checkpoint.
+
+        Raises:
+            Stopped: a signal came, and this process is alone and not at the end; a checkpoint was written, and the run
+                goes on with this validation.
+        """
+        started = time.perf_counter()
+        progress = self.progress
+        alone = self.module.world == 1 and progress.update < self.updates
+        try:
+            value = self.validator(self.module, each=self.stop.check if alone else lambda: None)
+        except Stopped:
+            if progress.update > 0:
+                self.save()
+            raise
         progress.seconds += time.perf_counter() - started
+        progress.validated = progress.update
         self.log.write(**self.position(), val_loss=value)
         _LOGGER.info("%s: %d samples, validation loss %.4f", self.stage.name, progress.samples, value)
         if not progress.best or value < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"]):
@@ -298,8 +324,8 @@ class StageRun:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
-        if self.checkpoints is None:
+        """Write a checkpoint of this moment, if there is none yet."""
+        if self.checkpoints is None or self._saved == self.progress.update:
             return
         optimizer = self.module.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
@@ -311,3 +337,4 @@ class StageRun:
                 optimizer=self.module.together.optimizer_state(optimizer),
             )
         )
+        self._saved = self.progress.update

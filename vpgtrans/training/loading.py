@@ -109,10 +109,10 @@ class Validator:
         self._loader: Loader[Loaded] | None = None
 
     @torch.no_grad()
-    def __call__(self, module: StageModule) -> float:
+    def __call__(self, module: StageModule, *, each: Callable[[], None] = lambda: None) -> float:
         """The caption loss, in nats a token, over all validation samples; where it is not trained, what is.
 
-        Every device returns the same value.
+        Every device returns the same value. `each` is called after every batch.
 
         Raises:
             TrainingError: no validation sample is readable.
@@ -124,6 +124,7 @@ class Validator:
             for name, (summed, _) in module.losses(part).items():
                 sums[name] += summed.item()
                 weights[name] += module.objectives[name].weight(part, module.vlm.vpg.tokens)
+            each()
         module.train()
         sums = dict(zip(names, module.over_devices(list(sums.values())), strict=True))
         weights = dict(zip(names, module.over_devices(list(weights.values())), strict=True))

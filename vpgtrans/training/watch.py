@@ -7,7 +7,6 @@ import lightning as L
 import torch
 
 from vpgtrans.training.samples import Key, Unreadable
-from vpgtrans.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from vpgtrans.training.fit import StageRun
@@ -23,7 +22,7 @@ class Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.run.stop.install()
-        if self.run.progress.update == 0:
+        if self.run.unvalidated:
             self.run.validate()  # here and not before `fit`: now the devices know each other
         self._exchange_bad(trainer)
         self.clock = time.perf_counter()
@@ -43,11 +42,13 @@ class Watch(L.Callback):
         if module.done % run.validate_every == 0 or module.done == run.updates:
             run.validate()
             self.clock = time.perf_counter()
-        self._exchange_bad(trainer)
-        # All processes stop at the same update, whichever of them the signal reached.
-        if trainer.strategy.reduce_boolean_decision(run.stop.asked, all=False):
+        elif run.checkpoint_due:
             run.save()
-            raise Stopped
+        self._exchange_bad(trainer)
+        # All processes stop, or save, at the same update, whichever of them the signal reached.
+        if run.stop.agree(module.over_devices):
+            run.save()
+            run.stop.check()
 
     def _exchange_bad(self, trainer: L.Trainer) -> None:
         """Unreadable images that one process met count for all, which decide alike."""
