@@ -47,6 +47,9 @@ class Root(LazyGroup):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
+        except _Terminated as ended:
+            click.echo("terminated", err=True)
+            ctx.exit(int(str(ended)))
         except BrokenPipeError:
             # the reader of our output went away: nothing left to say, and nothing to flush at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,12 +73,22 @@ def cli(ctx: click.Context, *, verbose: bool, quiet: bool) -> None:
     ctx.obj = "verbose" if verbose else "quiet" if quiet else "normal"
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came while no stage was training, which would have saved a checkpoint."""
+
+
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """Unwind the stack, so that a run under way can save its checkpoint."""
-    raise SystemExit(128 + signum)
+    """Unwind the stack."""
+    raise _Terminated(128 + signum)
+
+
+def _nothing_to_save(signum: int, frame: FrameType | None) -> None:
+    """A run under way takes this signal for itself; to any other command it must not be the end."""
+    click.echo("SIGUSR1: no stage is training, so there is no checkpoint to write", err=True)
 
 
 def main() -> None:
     """The entry point of the `vpgtrans` script."""
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGUSR1, _nothing_to_save)
     cli(prog_name="vpgtrans")

@@ -1,29 +1,36 @@
 """A run on disk: who may write where, and the files that say what happened."""
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vpgtrans.errors import OutputError
+from vpgtrans.files import alone, appearing
 from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, dump, load_recipe
 
 _RECIPE, _ENVIRONMENT = "recipe.yaml", "environment.json"
+_LOCK = ".lock"
+_BEGINNING = ".beginning"
+"""Stands in a directory while an earlier run is removed and a new one's first files are written: what lies beside it
+is no run."""
 _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets", "numpy")
 
 
 class RunDirectory:
     """The directory of one run.
 
-    recipe.yaml  environment.json  metrics.jsonl  initialisers.json  start.json  trainable.json  lineage.json
-    data.json  quarantine.jsonl  samples.json  summary.json  report.html  checkpoints/  vlm/
+    recipe.yaml  environment.json  inputs.json  metrics.jsonl  initialisers.json  start.json  trainable.json
+    lineage.json  data.json  quarantine.jsonl  samples.json  summary.json  report.html  checkpoints/  vlm/
     """
 
     def __init__(self, path: Path):
@@ -36,12 +43,30 @@ class RunDirectory:
         """Write a JSON file, whole or not at all; the first process alone does."""
         if not first_process():
             return
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.path / name)
+        with appearing(self.path / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+        """A JSON file; None where there is none, or none that can be read."""
+        return _read(self.path / name)
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within the block no other process trains here; the first process alone owns it.
+
+        Raises:
+            OutputError: another one does, or the directory can't be written.
+        """
+        if not first_process():
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / _LOCK).touch()
+        except OSError as error:
+            raise OutputError(f"{self.path} can't be written: {error.strerror or error}") from error
+        with alone(self.path / _LOCK, busy=f"{self.path}: another process is writing this run; wait for it, or end it"):
+            yield
 
 
 def check_run(
@@ -50,7 +75,8 @@ def check_run(
     """Where a recipe's run goes; nothing is written yet.
 
     Args:
-        may_differ: key paths in which the recipe of a resumed run may differ from the one it was begun with.
+        may_differ: key paths in which the recipe of a resumed run may differ from the one it was begun with; `*`
+            stands for a number.
 
     Raises:
         OutputError: it holds another run or something else, or there is nothing to resume.
@@ -60,7 +86,7 @@ def check_run(
         return path
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; the output must be a directory")
-    present = path.is_dir() and any(path.iterdir())
+    present = _present(path)
     # Both files: a recipe.yaml alone may be the user's own, and --overwrite deletes what else lies beside it.
     if present and not all((path / name).is_file() for name in (_RECIPE, _ENVIRONMENT)):
         raise OutputError(f"{path} holds files that are no run of vpgtrans; choose another --output")
@@ -81,10 +107,11 @@ def check_run(
         if before is not None and named is not None and before["kind"] == named.kind:  # as with the prompt
             now["target"]["connector"] = before | named.model_dump(mode="json", include=named.model_fields_set)
         differ = _differences(earlier, now)
-        wrong = [key for key in differ if not any(key == free or key.startswith(f"{free}.") for free in may_differ)]
+        wrong = [key for key in differ if not any(fnmatchcase(key, said) for free in may_differ
+                                                  for said in (free, f"{free}.*"))]  # fmt: skip
         if wrong:
             but = f" but for {', '.join(may_differ)}" if may_differ else ""
-            begun = json.loads((path / _ENVIRONMENT).read_text()).get("command")
+            begun = (_read(path / _ENVIRONMENT) or {}).get("command")
             raise OutputError(
                 f"{path} was begun with another recipe (differs in {', '.join(wrong)}); resume needs the same one, "
                 f"overrides included{but} (it was begun by: {begun})"
@@ -92,10 +119,14 @@ def check_run(
     return path
 
 
-def create_run(recipe: Recipe, path: Path, *, resume: bool) -> RunDirectory:
+def create_run(recipe: Recipe, path: Path, *, resume: bool, inputs: Any = None) -> RunDirectory:
     """The run directory, emptied and with its first files unless an earlier start is continued.
 
-    Of one that is continued recipe.yaml becomes what it goes on with, as far as `check_run` lets that differ.
+    Of one that is continued recipe.yaml becomes what it goes on with, as far as `check_run` lets that differ. Whenever
+    the process ends, what is left is the earlier run, a whole new one, or nothing that `check_run` takes for a run.
+
+    Args:
+        inputs: content of inputs.json, if that is to be there.
 
     Raises:
         OutputError: it can't be written.
@@ -105,16 +136,42 @@ def create_run(recipe: Recipe, path: Path, *, resume: bool) -> RunDirectory:
         return run
     try:
         if not resume:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _BEGINNING).touch()
+            _empty(path)
             run.write(_ENVIRONMENT, environment())
-        temporary = path / f".{_RECIPE}.tmp"
-        temporary.write_text(dump(recipe))
-        os.replace(temporary, path / _RECIPE)
+        if inputs is not None:
+            run.write("inputs.json", inputs)
+        with appearing(path / _RECIPE) as temporary:
+            temporary.write_text(dump(recipe))
+        (path / _BEGINNING).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
     return run
+
+
+def _present(path: Path) -> bool:
+    """Whether a directory holds anything, a run that was only being begun left out."""
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    return _BEGINNING not in names and bool(names - {_LOCK})
+
+
+def _empty(path: Path) -> None:
+    """Remove all but what says that a run begins."""
+    for file in path.iterdir():
+        if file.name in (_BEGINNING, _LOCK):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`transfer` and `train`: from a recipe to a run directory with a VLM, a summary and a report."""
 
-import json
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -20,14 +21,17 @@ from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
 from vpgtrans.runs.answers import Answers, answer
 from vpgtrans.runs.card import model_card
-from vpgtrans.runs.directory import check_run, create_run
+from vpgtrans.runs.directory import RunDirectory, check_run, create_run
+from vpgtrans.runs.inputs import INPUTS, check_inputs, inputs_of, to_json
 from vpgtrans.runs.parts import check_references, flushed_denormals, pick_device, readable, source_of
 from vpgtrans.runs.start import Start, begin, describe, prepare, written_out
 from vpgtrans.runs.training import run_stages
+from vpgtrans.shortage import shortages_are_said
 from vpgtrans.training.checkpoints import Clock
 from vpgtrans.training.devices import check_devices
 from vpgtrans.training.fitting import check_fitting
 from vpgtrans.training.parts import changed_parts
+from vpgtrans.training.stopping import end_with_first_process
 from vpgtrans.vision.preprocess import thumbnail
 from vpgtrans.vlm_directory import save_vlm
 
@@ -35,6 +39,15 @@ _LOGGER = logging.getLogger(__name__)
 _START = "start.json"
 SAMPLES_SHOWN = 24
 """Held-out images in the report."""
+
+MACHINES_OWN = (
+    *(f"trainer.{key}" for key in ("devices", "strategy", "threads", "attention", "checkpoint_every", "loggers")),
+    *("trainer.gradient_checkpointing", "trainer.compile", "data.workers", "data.max_bad_fraction"),
+    *("stages.*.micro_batch_size", "stages.*.cache_features", "evaluation", "compare"),
+)
+"""Keys in which a resumed run may differ: where and how fast it trains, not what."""
+BY_CONTENT = (*("data.train.*.dataset", "data.validation.*.dataset", "target.llm", "source.vpg", "trainer.precision"),)
+"""Keys that may differ where inputs.json says that they come to the same: data and models lie elsewhere."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -68,6 +81,18 @@ def train(recipe: Recipe, **options: Unpack[RunOptions]) -> Path:
     return _journey(chosen, **options)
 
 
+@contextlib.contextmanager
+def _goes_on(path: Path) -> Iterator[None]:
+    """Where a signal ends the block, say how the run goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if first_process():
+            _LOGGER.warning("%s is not complete; the same command with --resume goes on with it", path)
+        raise
+
+
+@shortages_are_said("outside of training")
 @flushed_denormals()
 def _journey(
     recipe: Recipe,
@@ -80,13 +105,21 @@ def _journey(
 ) -> Path:
     clock = Clock()
     forget()
-    path = check_run(recipe, output, resume=resume, overwrite=overwrite)
+    end_with_first_process()
+    path = output or Path("runs") / recipe.name
+    known = (path / INPUTS).is_file()
+    free = MACHINES_OWN + (BY_CONTENT if known else ())
+    check_run(recipe, path, resume=resume, overwrite=overwrite, may_differ=free)
+    run = RunDirectory(path)
     where = pick_device(device)
     check_devices(recipe, where)
     check_fitting(recipe, where)
     # Everything that the user may have got wrong is opened before a file of the run is written: the cheap things first.
     check_references(recipe)
     train_data, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
+    inputs = inputs_of(recipe, train_data, validation, device=where) if first_process() and not dry_run else {}
+    if resume and known:
+        check_inputs(path, run.read(INPUTS) or {}, inputs)
     _LOGGER.info("opening the source %s and the target %s", _named(recipe.source.vpg), recipe.target.llm)
     source = source_of(recipe)
     prepared = prepare(recipe, device=where, source=source, train=train_data)
@@ -96,13 +129,30 @@ def _journey(
         describe(recipe, prepared, validation)
         _LOGGER.info("dry run: nothing was trained or written")
         return path
-    earlier = json.loads((path / _START).read_text()) if resume and (path / _START).is_file() else None
-    start = begin(recipe, prepared, validation, earlier=earlier)
+    start = begin(recipe, prepared, validation, earlier=run.read(_START) if resume else None)
     del prepared  # the embedding tables of both LLMs: gigabytes that training has no use for
+    with run.owned(), _goes_on(path):
+        if not resume:
+            check_run(recipe, path, resume=False, overwrite=overwrite)  # another process may have begun one meanwhile
+        create_run(recipe, path, resume=resume, inputs=to_json(inputs))
+        run.write("initialisers.json", start.table)
+        run.write(_START, start.to_json())
+        _train_and_show(recipe, run, start, train_data, validation, resume=resume, clock=clock)
+    return path
+
+
+def _train_and_show(
+    recipe: Recipe,
+    run: RunDirectory,
+    start: Start,
+    train_data: Mixture,
+    validation: Mixture,
+    *,
+    resume: bool,
+    clock: Clock,
+) -> None:
+    """The stages, and what they came to."""
     vlm = start.vlm
-    run = create_run(recipe, path, resume=resume)
-    run.write("initialisers.json", start.table)
-    run.write(_START, start.to_json())
     order = np.random.default_rng(1).permutation(len(validation))[:SAMPLES_SHOWN]
     shown, _ = readable(validation, [int(row) for row in order])
     first = first_process()
@@ -124,7 +174,7 @@ def _journey(
     run.write("lineage.json", lineage)
     start_span()  # what comes now is no stage's
     if not first:
-        return path  # it was started to train along; the rest is the first one's
+        return  # it was started to train along; the rest is the first one's
     after = answer(vlm, validation, before.rows, max_new_tokens=length)
     run.write("samples.json", _samples(validation, before, after))
     scored = range(min(recipe.evaluation.samples, len(validation)))
@@ -140,7 +190,6 @@ def _journey(
         "seconds": clock(),
         "peak_memory_bytes": max(overall_peak(), *(result.peak_memory_bytes for result in results)),
     }
-    run.write("summary.json", summary)
     changed = changed_parts(recipe.stages)
     save_vlm(
         vlm,
@@ -150,8 +199,8 @@ def _journey(
         encoder_trained="encoder" in changed,
         llm_trained=changed.get("llm") == "full",
     )
+    run.write("summary.json", summary)  # what has one has its model
     write_report(run.path)
-    return run.path
 
 
 def _named(vpg: str | VPGConfig) -> str:
