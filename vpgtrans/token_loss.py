@@ -125,7 +125,7 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    return _slices(*logits.shape, CHUNK, logits.device)
+    return _slices(len(logits), logits.shape[1], CHUNK, logits.device)
 
 
 def _slices(rows: int, columns: int, at_once: int, device: torch.device) -> list[slice]:

@@ -379,7 +379,7 @@ def nll_in_head(head: nn.Linear, positions: Tensor, targets: Tensor, after: Afte
         found.append(head_nll(hidden[positions], head.weight, head.bias, targets, after))
         return hidden.new_zeros(1, 1, 1)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield found
     finally:

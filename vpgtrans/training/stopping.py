@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from vpgtrans.processes import launched, first_process
+from vpgtrans.processes import first_process, launched
 
 _LOGGER = logging.getLogger(__name__)
 _FIRST = "VPGTRANS_FIRST_PROCESS"
