@@ -359,7 +359,7 @@ def test_the_best_validation_is_what_remains(root, tmp_path, monkeypatch):
     vlm, states = build_vlm(root), []
     values = iter([5.0, 4.0, math.nan, 3.0, 6.0, 3.5])
 
-    def validate(self, module):
+    def validate(self, module, **_):
         states.append(all_tensors(vlm))
         return next(values)
 
