@@ -33,7 +33,7 @@ from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.log import RunLog
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
-from vpgtrans.training.parts import put_state, take_state
+from vpgtrans.training.parts import put_state
 from vpgtrans.training.samples import WINDOW, BadSamples, Samples
 from vpgtrans.training.stopping import Stopped, StopSignals, keep_signals
 from vpgtrans.training.strategies import make_together
@@ -319,7 +319,7 @@ class StageRun:
         _LOGGER.info("%s: %d samples, validation loss %.4f", self.stage.name, progress.samples, value)
         if not progress.best or value < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"]):
             progress.best = {"val_loss": value, "samples": progress.samples, "update": progress.update}
-            self.best_state = take_state(self.module.vlm, self.changed)
+            self.best_state = self.module.together.take(self.changed)
         if progress.update > 0:
             self.save()
 
@@ -327,14 +327,12 @@ class StageRun:
         """Write a checkpoint of this moment, if there is none yet."""
         if self.checkpoints is None or self._saved == self.progress.update:
             return
-        optimizer = self.module.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
         self.checkpoints.save(
             Checkpoint(
                 progress=self.progress,
-                state=take_state(self.module.vlm, self.changed),
+                state=self.module.together.take(self.changed),
                 best_state=self.best_state,
-                optimizer=self.module.together.optimizer_state(optimizer),
+                optimizer=self.module.together.optimizer_state(self.module.together.optimizer),
             )
         )
         self._saved = self.progress.update

@@ -84,8 +84,7 @@ class StageModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.vlm, self.stage, self.optimizer)
-        if self.resume_optimizer is not None:
-            self.together.put_optimizer_state(optimizer, self.resume_optimizer)
+        self.together.adopt(optimizer)
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -97,8 +96,7 @@ class StageModule(L.LightningModule):
         # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
         own = self.seed * 1_000_003 + self.stream * 10_007 + self.done + self.rank * 1_000_000_007
         torch.manual_seed(own % 2**63)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer = self.together.optimizer
         factor = self.rate_factor(self.done)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -112,14 +110,14 @@ class StageModule(L.LightningModule):
         self.together.add_up(parameters)
         norm = self.together.clip(parameters, self.stage.clip)
         if not math.isfinite(losses["loss"]) or not torch.isfinite(norm):
-            optimizer.zero_grad(set_to_none=True)
+            self.together.clear(optimizer)
             raise TrainingError(
                 f"stage {self.stage.name}, update {self.done + 1}: the loss is {losses['loss']}, the gradient's norm "
                 f"{norm.item()}; the batch held {', '.join(batch.ids)}. Lower the learning rate, or look at these "
                 "samples; the last good checkpoint is kept"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.together.step(optimizer)
+        self.together.clear(optimizer)
         self.done += 1
         self.last = {
             **losses,
@@ -172,6 +170,10 @@ class StageModule(L.LightningModule):
     def configure_model(self) -> None:
         """Called by the trainer once the devices know each other."""
         self.together.split()
+
+    def on_fit_start(self) -> None:
+        """Called by the trainer when all is set up."""
+        self.together.begin()
 
     def over_devices(self, figures: Sequence[float], operation: Literal["sum", "max"] = "sum") -> list[float]:
         """The figures summed over devices, or the largest of each."""

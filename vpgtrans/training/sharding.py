@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from vpgtrans.training.module import StageModule
 
 
-class Sharded(Together):
-    """Shards of everything that is large."""
+class InStep(Together):
+    """What needs every device to run as many passes, through the same parts; and trains a shadow of the VLM."""
 
     def __init__(self, module: "StageModule", devices: int):
         super().__init__(module)
@@ -49,32 +49,65 @@ class Sharded(Together):
         """The VLM whose tensors are in the shards."""
         self._blanks: tuple[Batch, Batch]
 
+    def _step_behind(self, *, fresh: bool) -> None:
+        """Put a shadow of the VLM into the module. fresh: with parameters of its own; the tensors are the same."""
+        module = self.module
+        if module.vlm.splice.both_ways and module.vlm.splice.isolation is None:
+            module.vlm.splice.isolate()  # it runs the LLM, on whole weights
+        self._blanks = _blanks(module)
+        self._own = module.vlm
+        module.vlm = _shadow(module.vlm, fresh=fresh)
+        module.front = copy.copy(module.front)
+        module.front.vpg = module.vlm.vpg
+
+    def _step_forth(self) -> None:
+        """Put the VLM itself into the module again."""
+        module = self.module
+        assert self._own is not None
+        module.vlm, module.front = self._own, copy.copy(module.front)
+        module.front.vpg = module.vlm.vpg
+        self._own = None
+
+    # --- passes ---------------------------------------------------------------------------------
+
+    def in_step(self, parts: Sequence[Batch], *, images: bool) -> list[Batch]:
+        missing = int(self.module.over_devices([float(len(parts))], "max")[0]) - len(parts)
+        return [self._seeing(part) if images else part for part in parts] + [self._blanks[images]] * missing
+
+    def paced(self, parts: Iterable[Batch]) -> Iterator[Batch]:
+        own = iter(parts)
+        while True:
+            part = next(own, None)
+            if not self.module.over_devices([float(part is not None)])[0]:
+                return
+            yield self._blanks[True] if part is None else self._seeing(part)
+
+    def _seeing(self, part: Batch) -> Batch:
+        """A part with a blank image, if it has none: its text goes nowhere near the vision parts otherwise."""
+        return part if len(part.inputs) else part.beside(self._blanks[True])
+
+
+class Sharded(InStep):
+    """Shards of everything that is large."""
+
     def plugin(self) -> Strategy:
         return ModelParallelStrategy(data_parallel_size=self.devices, tensor_parallel_size=1)
 
     def split(self) -> None:
         if self._own is not None:
             return
+        self._step_behind(fresh=False)
         module = self.module
-        if module.vlm.splice.both_ways and module.vlm.splice.isolation is None:
-            module.vlm.splice.isolate()  # it runs the LLM, on whole weights
-        self._blanks = _blanks(module)
-        self._own = module.vlm
-        module.vlm = _shadow(module.vlm)
-        module.front = copy.copy(module.front)
-        module.front.vpg = module.vlm.vpg
         kept = self._kept_whole()
         mesh: Any = module.device_mesh
         assert mesh is not None
-        pairs = list(zip(self._own.parameters(), module.vlm.parameters(), strict=True))
-        # The VLM's own parameters still; now its modules have others of the same data, which will become shards.
-        assert all(one is other for one, other in pairs)
         units: list[nn.Module] = [*self._units(kept), module]
         for unit in units:
             before = dict(unit.named_parameters())
             fully_shard(unit, mesh=mesh["data_parallel"], ignored_params=kept)
             for name, now in unit.named_parameters():
                 if isinstance(now, DTensor) and not isinstance(before[name], DTensor):
+                    # the VLM's own parameter, which its modules still have
                     before[name].data = before[name].data.new_empty(0)
         for part in self._sharded():
             # Without the first gloo would be asked for a product that it doesn't know.
@@ -91,9 +124,7 @@ class Sharded(Together):
         for (_, whole), (_, now) in zip(own.named_parameters(), module.vlm.named_parameters(), strict=True):
             if isinstance(now, DTensor):
                 whole.data = whole_of(now)
-        module.vlm, module.front = own, copy.copy(module.front)
-        module.front.vpg = own.vpg
-        self._own = None
+        self._step_forth()
 
     def _kept_whole(self) -> set[nn.Parameter]:
         """Parameters that every device holds: of parts that no pass runs, or not as often everywhere."""
@@ -130,22 +161,6 @@ class Sharded(Together):
             unit.reshard()
 
     # --- passes ---------------------------------------------------------------------------------
-
-    def in_step(self, parts: Sequence[Batch], *, images: bool) -> list[Batch]:
-        missing = int(self.module.over_devices([float(len(parts))], "max")[0]) - len(parts)
-        return [self._seeing(part) if images else part for part in parts] + [self._blanks[images]] * missing
-
-    def paced(self, parts: Iterable[Batch]) -> Iterator[Batch]:
-        own = iter(parts)
-        while True:
-            part = next(own, None)
-            if not self.module.over_devices([float(part is not None)])[0]:
-                return
-            yield self._blanks[True] if part is None else self._seeing(part)
-
-    def _seeing(self, part: Batch) -> Batch:
-        """A part with a blank image, if it has none: its text goes nowhere near the vision parts otherwise."""
-        return part if len(part.inputs) else part.beside(self._blanks[True])
 
     def before_pass(self, *, last: bool) -> None:
         # Kept back until the last pass, gradients travel once an update; but they are whole meanwhile, which only
@@ -198,9 +213,11 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _shadow(vlm: VLM) -> VLM:
-    """A VLM of other modules with the same tensors."""
+def _shadow(vlm: VLM, *, fresh: bool) -> VLM:
+    """A VLM of other modules with the same tensors. fresh: in parameters of its own."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(vlm.parameters(), vlm.buffers())}
+    if fresh:
+        memo |= {id(each): nn.Parameter(each.data, requires_grad=each.requires_grad) for each in vlm.parameters()}
     memo[id(vlm.llm.tokenizer)] = vlm.llm.tokenizer
     return copy.deepcopy(vlm, memo)
 

@@ -9,7 +9,7 @@ Losses are divided by what the whole batch holds, so gradients are *summed* over
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vpgtrans.training.parts import trained_parameters
+from vpgtrans.config import Mode, Part
+from vpgtrans.training.parts import take_state, trained_parameters
 from vpgtrans.training.samples import Batch
 
 if TYPE_CHECKING:
@@ -100,7 +101,34 @@ class Together:
         """Scale the gradient down to a norm of at most `largest`; returns the norm it had."""
         return nn.utils.clip_grad_norm_(parameters, largest or math.inf)
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the step that the gradient asks for, after `clip`."""
+        optimizer.step()
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradient."""
+        optimizer.zero_grad(set_to_none=True)
+
     # --- state ----------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer whose groups' rates count."""
+        optimizer = self.module.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called when the optimizer is made: it goes on from where a resumed run stopped."""
+        if self.module.resume_optimizer is not None:
+            self.put_optimizer_state(optimizer, self.module.resume_optimizer)
+
+    def begin(self) -> None:
+        """Called before the first update, when everything is in its place."""
+
+    def take(self, changed: dict[Part, Mode]) -> dict[str, Tensor]:
+        """Whole copies of what changed, see `take_state`; all devices have to call it."""
+        return take_state(self.module.vlm, changed)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The whole state of the optimizer, by the parameters' names: any strategy and world size can go on from it.
@@ -171,7 +199,10 @@ def make_together(name: str, module: "StageModule", world: int) -> Together:
     """What `trainer.strategy` names, for so many devices: a single one shares nothing."""
     if world == 1 or name in ("auto", "ddp"):
         return Together(module, several=world > 1)
-    from vpgtrans.training.sharding import Sharded
+    if name == "fsdp":
+        from vpgtrans.training.sharding import Sharded
 
-    makers: dict[str, Callable[[StageModule, int], Together]] = {"fsdp": Sharded}
-    return makers[name](module, world)
+        return Sharded(module, world)
+    from vpgtrans.training.zero import Zero
+
+    return Zero(module, world, stage={"deepspeed-2": 2, "deepspeed-3": 3}[name])
