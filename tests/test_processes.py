@@ -25,6 +25,7 @@ from vpgtrans.training.devices import check_devices, trainer_devices
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}
 CPU = torch.device("cpu")
+CLUSTER = Path(__file__).parent.parent / "recipes/cluster"
 
 
 def stages() -> list[dict[str, Any]]:
@@ -62,16 +63,16 @@ def test_two_processes_give_one_run_with_the_losses_of_one(tiny: Tiny, tmp_path:
     recipe = tiny.transfer_recipe(stages=stages())
     alone = losses(runs.transfer(recipe, output=tmp_path / "one", device="cpu"))
     assert len(alone) == 6
-    command = [write(recipe, tmp_path), "-o", str(tmp_path / "two"), "--device", "cpu", "--json"]
-    start = [sys.executable, "-m"]
+    path, run, options = write(recipe, tmp_path), str(tmp_path / "two"), ["--device", "cpu", "--json"]
     if launcher == "itself":
-        command += ["trainer.devices=2", "trainer.strategy=ddp"]
+        itself = [sys.executable, "-m", "vpgtrans", "transfer", path, "-o", run]
+        command = [*itself, "trainer.devices=2", "trainer.strategy=ddp", *options]
     else:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        command += ["trainer.devices=auto"]
+        command = ["bash", str(CLUSTER / "torchrun.sh"), "transfer", path, run, *options]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
-        [*start, "vpgtrans", "transfer", *command],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        command, env=environment() | {"PROCESSES": "2", "PATH": path}, capture_output=True, text=True, timeout=300,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "two/summary.json").read_text())

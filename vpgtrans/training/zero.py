@@ -104,7 +104,7 @@ class Zero(InStep):
         """Within it the parameters are whole."""
         if self.stage < 3:
             return nullcontext()
-        import deepspeed  # type: ignore[import-not-found]
+        import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters))
 
