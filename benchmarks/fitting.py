@@ -17,8 +17,7 @@ side is a process of its own. `loaded` is what is resident once the model is the
 The heads of SmolLM2 and Gemma have 49,152 and 262,144 words: 48 and 256 MB of logits in bf16.
 
 `head` is the loss and its gradient alone, of 1,024 tokens in bf16 through a head of Gemma's size (640 x 262,144, random
-numbers): from all logits, by torch's chunked `linear_cross_entropy` where torch has it, and by `head_nll`. Memory is
-what the step adds to what was there.
+numbers): from all logits, and by `head_nll`. Memory is what the step adds to what was there.
 
 Writes benchmarks/results/fitting.json.
 """
@@ -66,7 +65,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "int8, checkpointed": {"quantise": "int8", "gradient_checkpointing": True},
 }
 SAMPLES, VISUAL_TOKENS, WORDS = 4, 16, 128
-HEADS = ("all logits", "torch, chunked", "head_nll")
+HEADS = ("all logits", "head_nll")
 TARGETS, WIDTH, VOCABULARY = 1024, 640, 262_144
 STAGE = {"name": "step", "trainable": {"projector": "full", "llm": "lora"}, "budget": {"samples": 1}}
 TINY_ENCODER = {
@@ -143,11 +142,8 @@ def measure_head(side: str, steps: int) -> dict[str, Any]:
         hidden.grad = None
         if side == "all logits":
             nll = token_nll(F.linear(hidden, weight), targets)
-        elif side == "head_nll":
-            nll = head_nll(hidden, weight, None, targets, After())
         else:
-            options = torch.nn.LinearCrossEntropyOptions()
-            nll = F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options) / TARGETS
+            nll = head_nll(hidden, weight, None, targets, After())
         nll.mean().backward()
         seconds.append(time.perf_counter() - begun)
     assert hidden.grad is not None
@@ -179,8 +175,7 @@ def main() -> None:
         print(json.dumps(measure_head(side, steps) if model == "head" else measure(model, side, steps)))
         return
     steps, found = str(arguments.steps), {}
-    heads = HEADS if hasattr(F, "linear_cross_entropy") else (HEADS[0], HEADS[-1])
-    head = {side: apart("--side", "head", side, "--steps", steps) for side in heads}
+    head = {side: apart("--side", "head", side, "--steps", steps) for side in HEADS}
     print(f"{'head':24}  added MB           seconds")
     for side, row in head.items():
         print(f"{side:24} {row['added_mb']:9,} {row['seconds']:18.2f}", flush=True)
