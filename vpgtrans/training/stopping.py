@@ -71,9 +71,10 @@ class StopSignals:
         if self.asked:
             raise Stopped
 
-    def agree(self, over_devices: Callable[[Sequence[float]], Sequence[float]]) -> bool:
-        """Whether any of the processes that train together was asked for a checkpoint; then `signum` says in all of
-        them whether they stop. Called by all at the same update.
+    def agree(self, over_devices: Callable[[Sequence[float]], Sequence[float]]) -> tuple[bool, bool]:
+        """Whether any of the processes that train together was asked for a checkpoint, and whether they stop then.
+
+        Called by all at the same update. What reaches one of them later counts at the next.
 
         over_devices: sums figures over them.
         """
@@ -84,7 +85,8 @@ class StopSignals:
             self._save = False
         if not self.asked and (interrupted or terminated):
             self.signum = signal.SIGTERM if terminated else signal.SIGINT
-        return bool(interrupted or terminated or saved)
+        stops = bool(interrupted or terminated)
+        return stops or bool(saved), stops
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.asked:

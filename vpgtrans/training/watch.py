@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from vpgtrans.training.samples import Key, Unreadable
+from vpgtrans.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from vpgtrans.training.fit import StageRun
@@ -46,9 +47,11 @@ class Watch(L.Callback):
             run.save()
         self._exchange_bad(trainer)
         # All processes stop, or save, at the same update, whichever of them the signal reached.
-        if run.stop.agree(module.over_devices):
+        saves, stops = run.stop.agree(module.over_devices)
+        if saves:
             run.save()
-            run.stop.check()
+        if stops:
+            raise Stopped
 
     def _exchange_bad(self, trainer: L.Trainer) -> None:
         """Unreadable images that one process met count for all, which decide alike."""
