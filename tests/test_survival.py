@@ -21,8 +21,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tiny_runs import WARMUP, Tiny, write_captions
-from tiny_training import all_tensors, build_vlm, lines, make_recipe, train
 from tiny_training import WARMUP as TRAINING_WARMUP
+from tiny_training import all_tensors, build_vlm, lines, make_recipe, train
 
 from vpgtrans import runs
 from vpgtrans.cli import cli
