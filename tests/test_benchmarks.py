@@ -8,11 +8,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_llm
-from tiny_runs import Tiny, build_tiny
+from tiny_runs import Tiny, build_tiny, write_captions
+from tiny_vlms import VISION
 
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.llm import open_llm
@@ -353,3 +355,66 @@ def test_low_to_high_differs_in_its_first_stage_alone_and_counts_what_is_seen_sh
     never = bench.compare(lines | {"low to high": lines["low to high"][:2]})
     assert never["times_sooner"] is None
     assert "| 0 | low to high | 5.000 | – | – | 6.000 |" in bench.table([never])
+
+
+@pytest.mark.parametrize("packing", [None, {"max_tokens": 64}])
+def test_the_bare_loop_learns_what_our_stages_learn_bit_for_bit(tiny, packing, tmp_path):
+    step = script("step")
+    recipe = tiny.transfer_recipe(data=tiny.data() | {"packing": packing}, initialiser="inherit")
+    recipe = step.shortened(recipe, packed=packing is not None, updates={"warmup": 1, "finetune": 2})
+    for index, updates in enumerate((1, 2)):
+        cell = step.alternate(step.opened(recipe), recipe, index, features=tmp_path)
+        assert cell.alike
+        found = step.summarise(cell)
+        assert found["updates"] >= updates
+        assert found["largest_loss_difference"] < 1e-5
+        assert found["last_loss"] != found["first_loss"]
+        assert found["ratio"] > 0
+        assert "| 0e+00 | yes |" in step.line("warmup", "packed", found | {"largest_loss_difference": 0.0})
+
+
+def test_both_sides_of_the_trainer_benchmark_train_one_model_on_the_same_batches(tmp_path, tiny, monkeypatch):
+    trainer = script("trainer")
+    monkeypatch.setattr(trainer, "BATCH", 2)
+    with write_captions(tmp_path / "rows.parquet", count=8).open("rb") as stream:
+        rows = pq.read_table(stream).to_pylist()
+    lines = []
+    for number, row in enumerate(rows):
+        (tmp_path / f"{row['id']}.png").write_bytes(row["image"])
+        caption = row["caption"] * (1 + number % 3)
+        lines.append(json.dumps({"id": row["id"], "image": f"{row['id']}.png", "caption": caption}) + "\n")
+    (tmp_path / "8.jsonl").write_text("".join(lines))
+    trainer.make(tmp_path, llm=str(tiny.source_llm), vision=VISION, samples=8)
+    given = trainer.recipe_of
+
+    def exact(*arguments, **options):
+        recipe = given(*arguments, **options)
+        return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"precision": "fp32"})})
+
+    monkeypatch.setattr(trainer, "recipe_of", exact)
+    stock = trainer.side_of("trainer, float32")(tmp_path, 8)
+    ours = {name: trainer.side_of(f"ours, {name}")(tmp_path, 8) for name in ("padded, cached", "packed")}
+    assert stock["losses"][0] == pytest.approx(ours["padded, cached"]["losses"][0], rel=2e-3)  # cached in bf16
+    assert stock["losses"] == pytest.approx(ours["padded, cached"]["losses"], rel=0.01)
+    assert len(stock["losses"]) == len(ours["padded, cached"]["losses"]) == 4
+    assert ours["padded, cached"]["first_pass_seconds"] > 0
+    assert (stock["samples"], ours["padded, cached"]["samples"]) == (4, 4)
+
+    played = {f"trainer, {name}": stock | {"seconds": 2.0, "peak_bytes": 200} for name in trainer.TRAINER}
+    played["trainer, bf16 weights"] = stock | {"seconds": 1.0, "peak_bytes": 100}
+    cached = ours["padded, cached"] | {"seconds": 0.5, "peak_bytes": 50, "all_samples": 8, "first_pass_seconds": 1.0}
+    rounds = [played | {"ours, padded, cached": cached}]
+    sides = [*played, *(f"ours, {name}" for name in trainer.OURS)]
+    assert trainer.to_play(rounds, sides) == "ours, packed, cached"
+    rounds[0] |= dict.fromkeys(sides[5:], cached)
+    assert trainer.to_play(rounds, sides) == "trainer, bf16 weights, grouped by length"
+    rounds[0]["trainer, bf16 weights, grouped by length"] = stock | {"seconds": 1.0, "peak_bytes": 100}
+    assert trainer.to_play(rounds, sides) is None
+    assert trainer.to_play([*rounds, {}], sides) == "trainer, bf16 weights"
+    found = trainer.summarise(rounds)
+    side = found["ours, padded, cached"]
+    assert (side["ratio"], side["memory"]) == (2.0, 0.5)
+    # 1/8 second a sample, and as much again for the first pass of one epoch
+    assert side["ratio_with_first_pass_over_1"] == pytest.approx(1.0)
+    assert side["ratio_with_first_pass_over_3"] == pytest.approx(1.5)
+    assert "| ours, padded, cached | 8.00 | 2.00 | 1.00 / 1.50 |" in trainer.table(found)
