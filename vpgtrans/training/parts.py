@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from vpgtrans.adapters import adapter_state, inject, is_adapted, lora_config, of_adapter, put_adapter
 from vpgtrans.config import LoRAConfig, Mode, Part
 from vpgtrans.errors import RecipeError
+from vpgtrans.lean_lora import lean
 from vpgtrans.llm import block_linears
 from vpgtrans.parts import load_strict
 from vpgtrans.quantise import weights_in
@@ -72,6 +73,7 @@ def add_adapter(vlm: VLM, config: LoRAConfig) -> None:
     """Put LoRA on the LLM's block linears, named exactly; its weights are float32, its output zero at first."""
     adapted = get_peft_model(vlm.language_model, lora_config(config, block_linears(vlm.language_model)))
     adapted.peft_config["default"].base_model_name_or_path = vlm.llm.reference
+    lean(adapted)
     vlm.language_model = adapted
     vlm.llm.model = adapted
 
