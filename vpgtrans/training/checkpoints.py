@@ -193,7 +193,12 @@ class Checkpoints:
     def _not_written(self, place: str, error: Exception) -> str:
         left = self.newest
         kept = f"the run goes on from {left} with --resume" if left else "there is none before it"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif isinstance(error, RuntimeError):
+            reason = "a file could not be written whole"  # torch.save does not say why
+        else:
+            reason = str(error).strip()
         return (
             f"checkpoint {place} can't be written to {self.directory}: {reason}; {kept}. Right would be more room "
             "there (see `df`, quotas and limits), or a directory that may be written to"

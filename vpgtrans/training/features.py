@@ -259,11 +259,10 @@ class FeatureCache:
         if decoded.rows:
             features = self.front.of_levels(decoded.levels)
             assert isinstance(features, Tensor), "images of native size are not cached"
-            data = self._data(features.shape[1:])
+            self._data(features.shape[1:])
             firsts = np.repeat(np.array(decoded.rows) * self._most, decoded.pieces)
             places = firsts + np.concatenate([np.arange(count) for count in decoded.pieces])
-            data[places] = features.view(_STORAGE[features.dtype]).numpy()
-            data.flush()
+            self._put(places, features.view(_STORAGE[features.dtype]).numpy())
             if self._most > 1:
                 counts = self._counts()
                 counts[decoded.rows] = decoded.pieces
@@ -274,6 +273,15 @@ class FeatureCache:
             self._reasons |= decoded.reasons
             flags[list(decoded.reasons)] = _UNREADABLE
         flags.flush()
+
+    def _put(self, places: np.ndarray, rows: np.ndarray) -> None:
+        """Written, not mapped: a mapped page that a full disk has no room for ends the process without a word."""
+        with (self.directory / "rows.bin").open("r+b") as file:
+            for place, row in zip(places.tolist(), rows, strict=True):
+                file.seek(place * row.nbytes)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
     def _flags(self) -> np.memmap:
         return self._one_each("flags.u8", np.uint8)
