@@ -132,7 +132,11 @@ class Place:
         self.recipe = self.work / "recipe.json"
         trainer = RECIPE["trainer"] | {"devices": self.processes}
         trainer |= {} if self.processes == 1 else {"strategy": self.strategy}
-        self.recipe.write_text(json.dumps(RECIPE | {"trainer": trainer}, indent=2))
+        packing = RECIPE["data"]["packing"]
+        if self.processes > 1:  # so that an update has a pack for each
+            packing = packing | {"max_samples": RECIPE["stages"][0]["batch_size"] // self.processes}
+        data = RECIPE["data"] | {"packing": packing}
+        self.recipe.write_text(json.dumps(RECIPE | {"data": data, "trainer": trainer}, indent=2))
 
     def cache(self, *, empty: bool) -> Path:
         """A cache with the user's models and images; its features and pack plans are the runs' own."""
