@@ -56,7 +56,6 @@ class Zero(InStep):
         """DeepSpeed's."""
         return {
             "train_micro_batch_size_per_gpu": 1,  # it is said for its own log; how a batch is cut is decided here
-            "gradient_accumulation_steps": 1,
             "gradient_clipping": self.module.stage.clip or 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
