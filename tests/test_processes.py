@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -195,6 +196,28 @@ def test_a_strategy_that_can_not_be_is_refused_before_anything_is_loaded(tiny: T
     refused("mps", "trainer.strategy: fsdp is for CPUs and NVIDIA or AMD GPUs", strategy="fsdp")
     refused("cpu", "fsdp can't cut weights that target.quantise keeps", strategy="fsdp", target={"quantise": "nf4"})
     refused("cpu", "fsdp needs trainer.optimizer: adamw", strategy="fsdp", optimizer="adamw-8bit")
+    refused("cpu", "deepspeed-2 would cast what trains to bf16", strategy="deepspeed-2", precision="bf16-mixed")
+
+
+def test_a_process_that_is_killed_takes_the_other_along(tiny: Tiny, tmp_path: Path) -> None:
+    long = [stage | {"budget": {"samples": 8000}, "validate_every": 8000} for stage in stages()[:1]]
+    run = tmp_path / "run"
+    recipe = write(tiny.transfer_recipe(stages=long), tmp_path)
+    command = [sys.executable, "-m", "vpgtrans", "transfer", recipe, "trainer.devices=2", "trainer.strategy=fsdp", "-o",
+               str(run), "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and "loss_caption" in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.1)
+    (second,) = [each for each in psutil.Process(process.pid).children() if "vpgtrans" in each.cmdline()]
+    second.kill()
+    killed = time.monotonic()
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode in (1, -signal.SIGKILL), stderr[-3000:]  # by what it saw itself, or what watches it
+    assert time.monotonic() - killed < 60
+    assert not second.is_running() or second.status() == psutil.STATUS_ZOMBIE
 
 
 def test_validate_warns_of_a_strategy_that_this_machine_lacks(tiny: Tiny, tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def check_sharing(recipe: Recipe) -> None:
             f"trainer.strategy: {strategy} can't cut weights that target.quantise keeps in few bits; right would be "
             "ddp, or target.quantise: null"
         )
+    if strategy != "fsdp" and recipe.trainer.precision == "bf16-mixed":
+        raise RecipeError(
+            f"trainer.strategy: {strategy} would cast what trains to bf16 under trainer.precision: bf16-mixed; right "
+            "would be bf16-true (what trains is float32 all the same), or another strategy"
+        )
     if recipe.trainer.optimizer != "adamw":
         raise RecipeError(
             f"trainer.strategy: {strategy} needs trainer.optimizer: adamw, whose state can be cut; it is "
