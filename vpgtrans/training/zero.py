@@ -11,8 +11,7 @@ as they are (of data with images in every batch there are none).
 
 Whole optimizer state is gathered by name, so checkpoints are those of the other strategies.
 
-Lightning's strategy runs on GPUs alone. This has run on two CPU processes, with that check taken out and DeepSpeed's
-own CPU accelerator; on GPUs it has not.
+Lightning's strategy runs on GPUs alone. None of this has trained anything yet: see docs/scaling.md.
 """
 
 import math
