@@ -55,10 +55,11 @@ def chats() -> Recipe:
 
 
 def everything() -> Recipe:
-    """All parts train, and images go through encoder and connector in every pass."""
+    """All parts train, images go through encoder and connector in every pass, and blocks are computed twice."""
     common = {"lr": 1e-3, "batch_size": 4, "budget": {"samples": 12}, "validate_every": 12, "micro_batch_size": 1}
     full = {"encoder": "full", "connector": "full", "projector": "full", "llm": "full"}
-    return make_recipe([{"name": "all", "trainable": full, "augment": False, **common}])
+    trainer = {"precision": "fp32", "devices": 1, "gradient_checkpointing": True}
+    return make_recipe([{"name": "all", "trainable": full, "augment": False, **common}], trainer=trainer)
 
 
 def first_batch_of_two(root: Path, recipe: Recipe) -> list[list[int]]:
