@@ -5,12 +5,14 @@ fingerprint of the LLM knows them.
 """
 
 import importlib.util
-import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig
 
 from vpgtrans.config import Quantisation
@@ -66,16 +68,45 @@ def quantisation_config(kind: Quantisation, *, dtype: torch.dtype, leave: Sequen
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Have 4-bit layers pass gradients on whatever happened to them before, and 8-bit ones say nothing.
+    """Have quantised layers compute the same whatever else is in a batch, and pass gradients on.
 
-    On a CPU with bf16, bitsandbytes repacks a layer's weights the first time it runs without gradients, for a product
-    that has no backward: the next update would train nothing below it. Of every product in 8 bits it warns that
-    activations become float16 on the way to int8.
+    bitsandbytes' own products don't: in 8 bits, activations are quantised too, but for columns that are
+    large in *any* row, so that a sample's neighbours change what it gives; in 4 bits, on a CPU with bf16, weights are
+    repacked the first time that a layer runs without gradients, for a product that has no backward.
     """
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
         if hasattr(module, _REPACKS):
             setattr(module, _REPACKS, False)
+        elif type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_weights_alone, module)  # type: ignore[method-assign]
+
+
+def _weights_alone(layer: Any, inputs: Tensor) -> Tensor:
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()  # from where it is loaded to where it is used
+    return _Int8Linear.apply(inputs, layer.state.CB, layer.state.SCB, layer.bias)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """Inputs [..., d_in] through weights int8 [d_out, d_in] that have a scale a row; the weights get no gradient.
+
+    Nothing is kept for the way back but what is there anyway: the weights are brought to the inputs' dtype twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, inputs.dtype
+        return F.linear(inputs, _dequantised(weight, scale, inputs.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight = _dequantised(ctx.weight, ctx.scale, gradient.dtype)
+        return (gradient @ weight).to(ctx.dtype), None, None, None
+
+
+def _dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).mul_(scale[:, None] / 127)
 
 
 def weights_in(parameter: nn.Parameter) -> int:
