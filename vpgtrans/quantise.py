@@ -78,7 +78,7 @@ def keep_trainable(model: nn.Module) -> None:
         if hasattr(module, _REPACKS):
             setattr(module, _REPACKS, False)
         elif type(module).__name__ == "Linear8bitLt":
-            module.forward = partial(_weights_alone, module)  # type: ignore[method-assign]
+            module.forward = partial(_weights_alone, module)
 
 
 def _weights_alone(layer: Any, inputs: Tensor) -> Tensor:
