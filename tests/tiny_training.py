@@ -215,6 +215,8 @@ def main() -> None:
 def one_run(run: Path, root: Path, dropout: float, **options: Any) -> None:
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
     vlm = build_vlm(root, dropout=dropout)
+    if options.pop("damaged", False):
+        damaged(vlm)
     try:
         results = train(vlm, recipe, run, **options)
     except VpgTransError as error:
