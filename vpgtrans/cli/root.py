@@ -26,6 +26,7 @@ VERBS = {
     "caption": "vpgtrans.cli.caption",
     "data": "vpgtrans.cli.data",
     "registry": "vpgtrans.cli.registry",
+    "watch": "vpgtrans.cli.watch",
     "doctor": "vpgtrans.cli.doctor",
 }
 """Verb -> the module that holds its `command`, in the order of the help page."""

@@ -17,6 +17,7 @@ from vpgtrans.errors import OutputError
 from vpgtrans.files import alone, appearing
 from vpgtrans.processes import first_process
 from vpgtrans.recipe import Recipe, dump, load_recipe
+from vpgtrans.status import Status
 
 _RECIPE, _ENVIRONMENT = "recipe.yaml", "environment.json"
 _LOCK = ".lock"
@@ -29,8 +30,9 @@ _VERSIONS = ("vpgtrans", "torch", "transformers", "peft", "lightning", "datasets
 class RunDirectory:
     """The directory of one run.
 
-    recipe.yaml  environment.json  inputs.json  metrics.jsonl  initialisers.json  start.json  trainable.json
-    lineage.json  data.json  quarantine.jsonl  samples.json  summary.json  report.html  checkpoints/  vlm/
+    recipe.yaml  environment.json  inputs.json  status.json  metrics.jsonl  metrics.csv  initialisers.json
+    start.json  trainable.json  lineage.json  data.json  quarantine.jsonl  samples.json  summary.json  report.html
+    checkpoints/  vlm/
     """
 
     def __init__(self, path: Path):
@@ -38,6 +40,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.vlm = path / "vlm"
+        self.status = Status()
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file, whole or not at all; the first process alone does."""

@@ -131,10 +131,11 @@ def _journey(
         return path
     start = begin(recipe, prepared, validation, earlier=run.read(_START) if resume else None)
     del prepared  # the embedding tables of both LLMs: gigabytes that training has no use for
-    with run.owned(), _goes_on(path):
+    with run.owned(), _goes_on(path), run.status:
         if not resume:
             check_run(recipe, path, resume=False, overwrite=overwrite)  # another process may have begun one meanwhile
         create_run(recipe, path, resume=resume, inputs=to_json(inputs))
+        run.status.begin(path)
         run.write("initialisers.json", start.table)
         run.write(_START, start.to_json())
         _train_and_show(recipe, run, start, train_data, validation, resume=resume, clock=clock)
