@@ -330,7 +330,9 @@ def test_clipping_bounds_an_update(root, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(root, tmp_path, monkeypatch):
-    recipe = one_stage(trainable={"connector": "full", "projector": "full"}, budget={"samples": 16}, validate_every=4)
+    stage = {"name": "only", "trainable": {"connector": "full", "projector": "full"}, **SMALL}
+    strict = {"precision": "fp32", "devices": 1, "guard": {"max_skipped": 0}}
+    recipe = make_recipe([{**stage, "budget": {"samples": 16}, "validate_every": 4}], trainer=strict)
     compute, vlm, before = CaptionObjective.forward, build_vlm(root), {}
     calls: list[list[str]] = []
 

@@ -12,6 +12,7 @@ says otherwise for one run: {"root", "resume", "unreadable", "chats"}.
 import argparse
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -170,6 +171,17 @@ def train(
 ) -> list[StageResult]:
     run.mkdir(parents=True, exist_ok=True)
     return run_stages(vlm, recipe, RunDirectory(run), resume=resume, **mixtures(unreadable=unreadable, chats=chats))
+
+
+def damaged(vlm: VLM, word: str = " helmet") -> VLM:
+    """One row of the LLM's embedding table is not finite: captions with the word have no finite loss."""
+    token = vlm.llm.tokenizer.encode(word, add_special_tokens=False)[-1]
+
+    def hook(_: Any, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.masked_fill((arguments[0] == token)[..., None], math.inf)
+
+    vlm.llm.model.get_input_embeddings().register_forward_hook(hook)
+    return vlm
 
 
 def all_tensors(vlm: VLM) -> dict[str, Tensor]:

@@ -22,6 +22,9 @@ EXTRAS = {
     "bitsandbytes": "quantised",
     "flash-attn": "flash",
     "deepspeed": "deepspeed",
+    "tensorboard": "loggers",
+    "wandb": "loggers",
+    "trackio": "loggers",
 }
 """Optional distribution -> the extra that brings it."""
 MODELS = {
@@ -119,7 +122,7 @@ def _cache(cache: Path) -> dict[str, Any]:
 def _advice(packages: list[dict[str, Any]], cache: Path) -> list[str]:
     missing = {p["package"]: p["comes with"] for p in packages if p["version"] is None}
     advice = []
-    for extra in ("demo", "dev", "quantised", "flash"):
+    for extra in ("demo", "dev", "quantised", "flash", "loggers"):
         names = [name for name, source in missing.items() if source == extra]
         if names:
             advice.append(f"{', '.join(names)} missing: pip install 'vpgtrans[{extra}]'")

@@ -76,12 +76,18 @@ def compare(
     `lr_factors` than before: what is missing is added.
 
     Raises:
-        RecipeError: the recipe builds a VPG from scratch, or budgets are not in samples.
+        RecipeError: the recipe builds a VPG from scratch, budgets are not in samples, or a rate is left to a range
+            test.
     """
     if isinstance(recipe.source.vpg, VPGConfig):
         raise RecipeError("source.vpg builds a VPG from scratch; compare needs a trained one to transfer")
     if any(stage.budget.samples is None for stage in recipe.stages):
         raise RecipeError("stages[].budget: compare counts samples; give every stage budget: {samples: N}")
+    if auto := [stage.name for stage in recipe.stages if stage.lr == "auto"]:
+        raise RecipeError(
+            f"stages.{auto[0]}.lr: auto: compare counts every sample, and those of a range test are on no curve; give "
+            "a number (a run of transfer says which rate it picked)"
+        )
     arms, count = list(dict.fromkeys(arms or recipe.compare.arms)), seeds or recipe.compare.seeds
     recipe = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"arms": arms, "seeds": count})})
     if unknown := [arm for arm in arms if arm not in ARMS]:
@@ -98,14 +104,16 @@ def compare(
     run = create_run(recipe, path, resume=resume)
     curves: dict[str, list[Curve]] = {}
     figures: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        try:
-            results = _arm(recipe, arm, count, run, where)
-        except Interrupted as stop:
-            # finished arms are kept, not this one's half: what goes on is the comparison
-            raise Interrupted(stop.exit_code - 128, str(run.path)) from None
-        curves[arm] = [[(int(samples), float(loss)) for samples, loss in result["curve"]] for result in results]
-        figures[arm] = results
+    with run.status:
+        run.status.begin(path)
+        for arm in arms:
+            try:
+                results = _arm(recipe, arm, count, run, where)
+            except Interrupted as stop:
+                # finished arms are kept, not this one's half: what goes on is the comparison
+                raise Interrupted(stop.exit_code - 128, str(run.path)) from None
+            curves[arm] = [[(int(samples), float(loss)) for samples, loss in result["curve"]] for result in results]
+            figures[arm] = results
     summary = {
         "name": recipe.name,
         "arms": {
@@ -201,6 +209,7 @@ def arm_recipe(recipe: Recipe, arm: str, *, seed: int, factor: float) -> Recipe:
 def _whole_budget(recipe: Recipe, factor: float) -> Stage:
     """The last stage with the budget of all stages, its rates times `factor`."""
     last = recipe.stages[-1]
+    assert last.lr != "auto"  # `compare` refuses it
     rate = {part: lr * factor for part, lr in last.lr.items()} if isinstance(last.lr, dict) else last.lr * factor
     return last.model_copy(update={"lr": rate, "budget": Budget(samples=_total(recipe))})
 
@@ -234,6 +243,7 @@ def _one(recipe: Recipe, arm: str, seed: int, factor: float, run: RunDirectory, 
     start = begin(chosen, prepare(chosen, device=device, source=source, train=train), validation)
     directory.path.mkdir(parents=True, exist_ok=True)
     directory.metrics.unlink(missing_ok=True)
+    directory.status = run.status
     results = run_stages(
         start.vlm,
         chosen,

@@ -22,6 +22,7 @@ from vpgtrans.quantise import check_quantisation
 from vpgtrans.recipe import Recipe
 from vpgtrans.references import pinned, resolve
 from vpgtrans.training.config import TrainerConfig
+from vpgtrans.training.loggers import check_loggers
 from vpgtrans.transfer.connector import TakenOver, exchange
 from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg
@@ -275,9 +276,11 @@ def check_references(recipe: Recipe) -> None:
     """Resolve what a recipe names and read the target's config, before anything large is loaded.
 
     Raises:
+        RecipeError: a package that a logger needs is missing.
         ReferenceError_: it doesn't resolve, or the target is no causal LLM. IntegrityError: a checksum differs.
         RecipeError: the target can't be quantised as the recipe says.
     """
+    check_loggers(recipe.trainer.loggers)
     open_config(recipe.target.llm, trust_remote_code=recipe.target.trust_remote_code)
     check_quantisable(recipe)
     if isinstance(recipe.source.vpg, str):

@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,9 @@ from vpgtrans.shortage import peers_are_missed, shortages_are_said
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Clock, Progress
 from vpgtrans.training.fit import StageResult, StageRun
 from vpgtrans.training.log import RunLog
+from vpgtrans.training.loggers import told_by
 from vpgtrans.training.parts import changed_parts, put_state, set_trainable, table, take_state
+from vpgtrans.training.rates import as_picked
 from vpgtrans.training.samples import BadSamples
 from vpgtrans.training.stopping import Stopped, StopSignals
 from vpgtrans.vlm import VLM
@@ -66,7 +69,7 @@ def run_stages(
     """
     # Of several processes the first one writes; the others do the same work on their share of each batch.
     first = first_process()
-    log = RunLog(run.metrics, writes=first)
+    log = RunLog(run.metrics, writes=first, told=told_by(recipe, run.path) if first else ())
     checkpoints = Checkpoints(run.checkpoints, writes=first, clock=clock) if keep_checkpoints else None
     found = checkpoints.load() if checkpoints and resume else None
     progress = found.progress if found else Progress(seconds=initial_seconds)
@@ -77,9 +80,10 @@ def run_stages(
         log.cut(progress, stage.name)
         _LOGGER.info("resuming at stage %s, update %d", stage.name, progress.update)
     tables: list[dict[str, Any]] = []
+    lengths = {result["name"]: result["updates"] for result in progress.finished}
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
-    with StopSignals() as stop:
+    with StopSignals() as stop, closing(log):
         for index, stage in enumerate(recipe.stages):
             vlm.set_resolution(recipe.resolution_of(stage))
             here = found if index == resumed_stage else None
@@ -88,7 +92,7 @@ def run_stages(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed + 7919 * (index + 1))  # the adapter's first weights
                 set_trainable(vlm, stage)
-            tables += table(vlm, stage)
+            tables += table(vlm, as_picked(stage, progress, index))
             if first:
                 run.write("trainable.json", tables)
             if index < resumed_stage:
@@ -102,7 +106,7 @@ def run_stages(
                     "text_tokens": progress.text_tokens,
                     "seconds": progress.seconds,
                 }
-                progress.best = {}
+                progress.best, progress.patience, progress.picked, progress.work = {}, {}, {}, {}
             _LOGGER.info("%s", trainable_table(tables[-4:]))
             kept = _kept(checkpoints)
             try:
@@ -120,6 +124,8 @@ def run_stages(
                         changed=changed,
                         stop=stop,
                     )
+                    lengths[stage.name] = stage_run.updates
+                    run.status.say(updates=lengths)
                     result = stage_run.run(here.optimizer if here else None, here.best_state if here else None)
             except Stopped:
                 saved = checkpoints is not None and checkpoints.newest is not None
@@ -128,6 +134,9 @@ def run_stages(
                 if first:
                     _write_counts(run, bad)
             progress.finished.append(asdict(result))
+            if result.range_test is not None:
+                tables[-4:] = table(vlm, as_picked(stage, progress, index))
+                run.write("trainable.json", tables)
             progress.stage, progress.update = index + 1, 0
             if checkpoints is not None and index + 1 < len(recipe.stages):
                 state = take_state(vlm, changed)

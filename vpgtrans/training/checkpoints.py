@@ -47,6 +47,14 @@ class Progress:
     stage_start: dict[str, float] = field(default_factory=lambda: {"samples": 0, "text_tokens": 0, "seconds": 0.0})
     best: dict[str, Any] = field(default_factory=dict)
     """val_loss, samples and update of the best validation in this stage."""
+    patience: dict[str, float] = field(default_factory=dict)
+    """Of early stopping in this stage: the loss to beat, and how many validations have not."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard knows, see `training.guard`."""
+    picked: dict[str, Any] = field(default_factory=dict)
+    """What the range test of this stage came to, see `training.rates`."""
+    work: dict[str, Any] = field(default_factory=dict)
+    """Seconds, samples, tokens and operations of this stage's updates, see `training.throughput`."""
     finished: list[dict[str, Any]] = field(default_factory=list)
     """Results of the stages that are done."""
     elapsed: float = 0.0

@@ -7,6 +7,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     Tag,
     field_validator,
@@ -31,6 +32,10 @@ def _listed(value: Any) -> str:
     return "parts" if isinstance(value, list) else "plain"
 
 
+def _shape_of_rate(value: Any) -> str:
+    return "auto" if isinstance(value, str) else shape(value)
+
+
 class Budget(Config):
     """How long a stage trains, in samples or in text tokens: the same for every world size and accumulation."""
 
@@ -42,6 +47,15 @@ class Budget(Config):
         if (self.samples is None) == (self.tokens is None):
             raise ValueError("give samples or tokens, one of them")
         return self
+
+
+class EarlyStopping(Config):
+    """When a stage ends before its budget is spent: its best state is what remains either way."""
+
+    patience: PositiveInt
+    """So many validations in a row without an improvement end it."""
+    min_delta: NonNegativeFloat = 0.0
+    """Nats by which the validation loss must fall below the best so far to count as one."""
 
 
 def _trained(stage: Mapping[str, Any]) -> set[str]:
@@ -59,10 +73,14 @@ class Stage(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
     trainable: dict[Part, Mode]
     """Part -> frozen, full or lora; a part that is not named is frozen."""
-    lr: Annotated[Annotated[Rate, Tag("plain")] | Annotated[dict[Part, Rate], Tag("parts")], Discriminator(shape)] = (
-        Field(default_factory=lambda stage: NORMAL_RATE * (WARMUP_FACTOR if _projector_only(stage) else 1))
-    )
-    """One rate, or a rate for each part that trains. Default: 1e-4; 5e-4 where only the projector trains."""
+    lr: Annotated[
+        Annotated[Rate, Tag("plain")]
+        | Annotated[dict[Part, Rate], Tag("parts")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_shape_of_rate),
+    ] = Field(default_factory=lambda stage: NORMAL_RATE * (WARMUP_FACTOR if _projector_only(stage) else 1))
+    """One rate, or a rate for each part that trains. Default: 1e-4; 5e-4 where only the projector trains. auto: one
+    rate that a range test picks on the stage's own data before its first update, see `training.rates`."""
     lr_schedule: Literal["constant", "cosine"] = Field(
         default_factory=lambda stage: "constant" if _projector_only(stage) else "cosine"
     )
@@ -96,6 +114,8 @@ class Stage(Config):
     """Side in pixels of what the encoder sees in this stage; null: as `resolution` says, else the VPG's own."""
     validate_every: PositiveInt | None = None
     """Samples between validations; None: ten times in the stage."""
+    early_stopping: EarlyStopping | None = None
+    """`{patience, min_delta}`: end the stage when its validation loss no longer falls; null: spend the budget."""
 
     @field_validator("trainable")
     @classmethod
@@ -125,9 +145,21 @@ class Stage(Config):
 
     @property
     def rates(self) -> dict[Part, float]:
-        """The learning rate of each part that trains."""
+        """The learning rate of each part that trains; empty where a range test has not picked it yet."""
+        if self.lr == "auto":
+            return {}
         trains: list[Part] = [part for part, mode in self.trainable.items() if mode != "frozen"]
         return {part: self.lr[part] if isinstance(self.lr, dict) else self.lr for part in trains}
+
+
+class GuardConfig(Config):
+    """Updates that would harm what was learnt are skipped; too many of them stop the run."""
+
+    max_skipped: NonNegativeInt = 10
+    """Of a run; one more stops it. 0: the first one does."""
+    spike: Annotated[float, Field(ge=3)] | None = 10.0
+    """Skip an update whose loss is so many running deviations above the running median; null: only what is not
+    finite. Healthy losses of small batches stay below 5."""
 
 
 class TrainerConfig(Config):
@@ -155,6 +187,9 @@ class TrainerConfig(Config):
     """Compile the LLM's blocks (`torch.compile`): slow to begin, then faster, mostly on a GPU."""
     validate_samples: PositiveInt | None = None
     """Validate on this many samples; None: all."""
+    guard: GuardConfig = GuardConfig()
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """What else is told what metrics.jsonl and metrics.csv hold."""
     threads: PositiveInt | None = None
     """CPU threads; None: torch's own choice."""
     checkpoint_every: PositiveInt | None = 100

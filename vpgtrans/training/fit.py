@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.packs import measure
 from vpgtrans.errors import DataError
 from vpgtrans.memory import span_peak, start_span
-from vpgtrans.progress import bar
+from vpgtrans.progress import RunDisplay
 from vpgtrans.prompts import Prompter
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
@@ -29,14 +29,17 @@ from vpgtrans.training.devices import data_workers, trainer_devices, world_size
 from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.features import FrozenFront, Level
 from vpgtrans.training.fitting import fitted
+from vpgtrans.training.guard import Guard
 from vpgtrans.training.loading import Updates, Validator
 from vpgtrans.training.log import RunLog
 from vpgtrans.training.module import StageModule
 from vpgtrans.training.objectives import build_objectives
 from vpgtrans.training.parts import put_state
+from vpgtrans.training.rates import as_line, as_picked, pick_rate, resolved
 from vpgtrans.training.samples import WINDOW, BadSamples, Samples
 from vpgtrans.training.stopping import Stopped, StopSignals, keep_signals
 from vpgtrans.training.strategies import make_together
+from vpgtrans.training.throughput import meter_of
 from vpgtrans.training.watch import Watch
 from vpgtrans.training.workers import killed_is_said
 from vpgtrans.vlm import VLM
@@ -91,6 +94,15 @@ class StageResult:
     best_samples: int
     text_tokens: int
     peak_memory_bytes: int
+    skipped: int = 0
+    """Updates that the guard left out."""
+    stopped_early: bool = False
+    range_test: dict[str, Any] | None = None
+    """Rate and cost of what `lr: auto` did, see `training.rates`; its seconds are among the stage's."""
+    samples_per_second: float | None = None
+    """This and the next two: of the updates alone, validations and preparation aside."""
+    tokens_per_second: float | None = None
+    mfu: float | None = None
 
 
 class StageRun:
@@ -121,7 +133,8 @@ class StageRun:
         start_span()
         self.vlm = vlm
         self.recipe = recipe
-        self.stage = stage = recipe.stages[index]
+        self.index = index
+        self.stage = stage = as_picked(recipe.stages[index], progress, index)
         self.log = log
         self.checkpoints = checkpoints
         self.progress = progress
@@ -182,11 +195,13 @@ class StageRun:
             seed=recipe.seed,
             stream=index,
             optimizer=recipe.trainer.optimizer,
+            guard=Guard(recipe.trainer.guard, stage=stage.name),
         )
+        self.module.guard.resume(progress.guard, same_stage=progress.update > 0)
+        self.meter = meter_of(vlm, stage, progress.work, cached=cached)
         self.best_state: dict[str, Tensor] = {}
         self._saved: int | None = None
-        self._bar = bar()
-        self._task = self._bar.add_task(stage.name, total=self.updates, completed=progress.update, note="")
+        self.display = RunDisplay()
 
     def _draws(self, samples: Samples, index: int) -> Draws:
         """Which samples come when; of a packed run the samples that no pack holds are counted as left out.
@@ -216,50 +231,27 @@ class StageRun:
             RecipeError: there are more devices than samples in a batch.
             Stopped: a signal asked for it, and a checkpoint was written.
         """
-        stage, progress = self.stage, self.progress
+        progress = self.progress
         self.best_state = best_state or {}
-        strategy = self.recipe.trainer.strategy
-        self.module.together = make_together(strategy, self.module, world_size(self.recipe, self.vlm.device))
-        trainer = L.Trainer(
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[Watch(self)],
-            strategy=self.module.together.plugin(),
-            **trainer_devices(self.recipe.trainer, self.vlm.device),
-        )
-        keep_signals(trainer)
-        self.data.rank, self.data.world = trainer.global_rank, trainer.world_size
-        self.bad.shared = trainer.world_size > 1
+        trainer = self.trainer(self.module, Watch(self))
         self.data.draws.check(trainer.world_size)
         if optimizer_state is not None:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
         try:
-            with (
-                self._bar,
-                killed_is_said(),
-                fitted(self.vlm, stage, self.recipe.trainer),
-                warnings.catch_warnings(),
-            ):
-                # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
-                warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-                warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
-                if len(self.data):
-                    trainer.fit(self.module, DataLoader(self.data, batch_size=None, num_workers=0))
-                    self.module.together.join()
-                    self.module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
+            with self.display, killed_is_said(), fitted(self.vlm, self.stage, self.recipe.trainer):
+                if self.stage.lr == "auto":
+                    self._pick_rate()
+                if len(self.data) and not self.gave_up:
+                    self.fit(trainer, self.module, self.data)
         finally:
             self.data.close()
             self.validator.close()
-        put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {stage.name}")
+        put_state(self.vlm, self.best_state, self.changed, where=f"best of stage {self.stage.name}")
         self.vlm.eval()
         start = progress.stage_start
         return StageResult(
-            name=stage.name,
+            name=self.stage.name,
             updates=progress.update,
             samples=progress.samples - int(start["samples"]),
             seconds=progress.seconds - start["seconds"],
@@ -267,7 +259,55 @@ class StageRun:
             best_samples=progress.best["samples"],
             text_tokens=progress.text_tokens - int(start["text_tokens"]),
             peak_memory_bytes=span_peak(),
+            skipped=self.module.guard.of_stage,
+            stopped_early=self.gave_up and progress.update < self.updates,
+            range_test=progress.picked or None,
+            **self.meter.overall(),
         )
+
+    def trainer(self, module: StageModule, callback: L.Callback) -> L.Trainer:
+        """Lightning's, for one pass over updates; everything beside the updates is the callback's."""
+        world = world_size(self.recipe, self.vlm.device)
+        module.together = make_together(self.recipe.trainer.strategy, module, world)
+        trainer = L.Trainer(
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[callback],
+            strategy=module.together.plugin(),
+            **trainer_devices(self.recipe.trainer, self.vlm.device),
+        )
+        keep_signals(trainer)
+        return trainer
+
+    def fit(self, trainer: L.Trainer, module: StageModule, data: Updates) -> None:
+        """Every device trains on its share of each update."""
+        data.rank, data.world = trainer.global_rank, trainer.world_size
+        self.bad.shared = trainer.world_size > 1
+        with warnings.catch_warnings():
+            # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
+            warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+            warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")
+            trainer.fit(module, DataLoader(data, batch_size=None, num_workers=0))
+            module.together.join()
+            module.to(trainer.strategy.root_device)  # the trainer leaves it on the CPU
+
+    def _pick_rate(self) -> None:
+        """Find the rate that `lr: auto` leaves open. It is on the bill, and kept with the run's progress."""
+        picked = pick_rate(self)
+        self.progress.picked = asdict(picked)
+        self.progress.seconds += picked.seconds
+        self.stage = self.module.stage = resolved(self.stage, picked.rate)
+        self.log.write(**self.position(), **as_line(picked))
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the stage ends here because its validation loss no longer falls."""
+        rule = self.stage.early_stopping
+        return rule is not None and self.progress.patience.get("since", 0) >= rule.patience
 
     def position(self) -> dict[str, Any]:
         """Where the run is, for a line of the log."""
@@ -279,11 +319,6 @@ class StageRun:
             "text_tokens": progress.text_tokens,
             "seconds": round(progress.seconds, 3),
         }
-
-    def show(self, loss: float) -> None:
-        best = self.progress.best.get("val_loss")
-        note = f"loss {loss:.3f}" + (f", best validation {best:.3f}" if best is not None else "")
-        self._bar.update(self._task, completed=self.progress.update, note=note)
 
     @property
     def unvalidated(self) -> bool:
@@ -320,13 +355,28 @@ class StageRun:
         if not progress.best or value < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"]):
             progress.best = {"val_loss": value, "samples": progress.samples, "update": progress.update}
             self.best_state = self.module.together.take(self.changed)
+        self._note_patience(value)
         if progress.update > 0:
             self.save()
+
+    def _note_patience(self, value: float) -> None:
+        rule, patience = self.stage.early_stopping, self.progress.patience
+        if rule is None:
+            return
+        if not patience or value < patience["best"] - rule.min_delta or not math.isfinite(patience["best"]):
+            self.progress.patience = {"best": value, "since": 0}
+        else:
+            patience["since"] += 1
+        if self.gave_up:
+            since = int(self.progress.patience["since"])
+            _LOGGER.info("%s: ends early, no improvement in %d validations", self.stage.name, since)
 
     def save(self) -> None:
         """Write a checkpoint of this moment, if there is none yet."""
         if self.checkpoints is None or self._saved == self.progress.update:
             return
+        self.meter.flush()
+        self.progress.guard = self.module.guard.state
         self.checkpoints.save(
             Checkpoint(
                 progress=self.progress,

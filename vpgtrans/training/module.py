@@ -12,9 +12,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vpgtrans.errors import TrainingError
 from vpgtrans.training.config import Stage
 from vpgtrans.training.features import FrozenFront
+from vpgtrans.training.guard import Guard
 from vpgtrans.training.objectives import Objective
 from vpgtrans.training.optimizers import Kind, build_optimizer
 from vpgtrans.training.parts import set_modes
@@ -29,7 +29,7 @@ class StageModule(L.LightningModule):
     Args:
         objectives: name -> objective, the names are those of `stage.losses`.
         updates: length of the stage. done: updates that a resumed run has behind it. stream: seeds of the updates are
-            drawn from (seed, stream), so that every stage has its own.
+            drawn from (seed, stream), so that every stage has its own. guard: decides which updates are skipped.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class StageModule(L.LightningModule):
         seed: int = 0,
         stream: int = 0,
         optimizer: Kind = "adamw",
+        guard: Guard | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -58,11 +59,12 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.stream = stream
         self.optimizer = optimizer
+        self.guard = guard or Guard(stage=stage.name)
         self.resume_optimizer: dict[str, Any] | None = None
         self.together = Together(self)
         """How devices train this together; another one is put here before training begins."""
-        self.last: dict[str, float] = {"loss": 0.0, "text_tokens": 0.0}
-        """Figures of the last update: loss, lr, grad_norm, text_tokens."""
+        self.last: dict[str, float] = {"loss": 0.0, "text_tokens": 0.0, "tokens": 0.0}
+        """Figures of the last update: loss, lr, grad_norm, text_tokens, tokens."""
 
     def train(self, mode: bool = True) -> "StageModule":
         """Frozen parts stay in eval mode whatever the trainer asks for."""
@@ -91,11 +93,9 @@ class StageModule(L.LightningModule):
         """One update.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was changed by this batch.
+            TrainingError: the guard skipped too many updates; nothing was changed by this batch.
         """
-        # Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state.
-        own = self.seed * 1_000_003 + self.stream * 10_007 + self.done + self.rank * 1_000_000_007
-        torch.manual_seed(own % 2**63)
+        self.seed_dropout(self.done)
         optimizer = self.together.optimizer
         factor = self.rate_factor(self.done)
         for group in optimizer.param_groups:
@@ -105,25 +105,31 @@ class StageModule(L.LightningModule):
         losses = self._backward(batch)
         if losses is None:  # all of it is left out, on every device; whether too much is, is not decided here
             self.done += 1
-            self.last |= {"text_tokens": 0.0, "skipped": 1.0}
+            self.guard.last = None
+            self.last |= {"text_tokens": 0.0, "tokens": 0.0, "left_out": 1.0}
             return
         self.together.add_up(parameters)
         norm = self.together.clip(parameters, self.stage.clip)
-        if not math.isfinite(losses["loss"]) or not torch.isfinite(norm):
-            self.together.clear(optimizer)
-            raise TrainingError(
-                f"stage {self.stage.name}, update {self.done + 1}: the loss is {losses['loss']}, the gradient's norm "
-                f"{norm.item()}; the batch held {', '.join(batch.ids)}. Lower the learning rate, or look at these "
-                "samples; the last good checkpoint is kept"
-            )
-        self.together.step(optimizer)
-        self.together.clear(optimizer)
         self.done += 1
         self.last = {
             **losses,
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "grad_norm": norm.item(),
         }
+        # Loss and norm are those of all devices, so that all decide alike.
+        if problem := self.guard.problem(losses["loss"], self.last["grad_norm"]):
+            self.together.clear(optimizer)
+            ids = [name for names in self.from_all(batch.ids) for name in names]
+            figures = {"loss": losses["loss"], "norm": self.last["grad_norm"]}
+            self.guard.skip(problem, update=self.done, ids=ids, **figures)
+            return
+        self.together.step(optimizer)
+        self.together.clear(optimizer)
+
+    def seed_dropout(self, update: int) -> None:
+        """Dropout of an update depends on (seed, stage, update) alone: a resumed run needs no generator state."""
+        own = self.seed * 1_000_003 + self.stream * 10_007 + update + self.rank * 1_000_000_007
+        torch.manual_seed(own % 2**63)
 
     def _backward(self, batch: Batch) -> dict[str, float] | None:
         """Accumulate the batch's gradient; returns the loss, its terms and the text tokens, over all devices.
@@ -133,7 +139,8 @@ class StageModule(L.LightningModule):
         visual = self.vlm.vpg.tokens
         whole = {name: goal.weight(batch, visual) for name, goal in self.objectives.items()}
         # A device whose whole share is unreadable adds nothing; the others' shares are the batch.
-        samples, images, *weights = self.over_devices([float(len(batch)), float(len(batch.inputs)), *whole.values()])
+        tokens, held = float(sum(len(text) for text in batch.encoded)), float(len(batch.inputs))
+        samples, images, tokens, *weights = self.over_devices([float(len(batch)), held, tokens, *whole.values()])
         if not samples:
             return None
         whole = dict(zip(whole, weights, strict=True))
@@ -155,6 +162,7 @@ class StageModule(L.LightningModule):
             "loss": loss,
             **{f"loss_{name}": value for name, value in terms.items()},
             "text_tokens": whole.get("caption", 0.0),
+            "tokens": tokens,
         }
 
     @property
@@ -181,6 +189,13 @@ class StageModule(L.LightningModule):
             return list(figures)
         gathered = torch.tensor(figures, device=self.device, dtype=torch.float64)
         return self.trainer.strategy.reduce(gathered, reduce_op=operation).tolist()
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What each device gives."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         """Each objective's summed loss on a batch, and the number of terms in it."""
