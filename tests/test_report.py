@@ -481,3 +481,34 @@ def test_a_duration_reads_back_within_its_rounding(seconds: float) -> None:
     amount, unit = fmt.duration(seconds).replace(",", "").split()
     scale = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}[unit]
     assert float(amount) * scale == pytest.approx(seconds, rel=0.06, abs=6e-4)
+
+
+def test_what_went_on_in_training_is_said(run: Path) -> None:
+    """Skipped updates, an early end, a picked rate, the pace; and that stages see images differently."""
+
+    def course(summary: dict) -> None:
+        first, second = summary["stages"]
+        first |= {"range_test": {"rate": 2.3e-3, "samples": 144, "seconds": 34.2}, "skipped": 2}
+        second |= {"stopped_early": True, "samples_per_second": 21.31, "tokens_per_second": 1234.4, "mfu": 0.51}
+
+    rewrite(run / "summary.json", course)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text()
+        .replace("name: warmup,", "name: warmup, visual_tokens: 4,")
+        .replace("name: finetune,", "name: finetune, early_stopping: {patience: 3},")
+        + "\n"
+    )
+    with (run / "metrics.jsonl").open("a") as stream:
+        line = {"stage": "warmup", "update": 7, "samples": 28, "skipped": "the loss is nan", "ids": ["s1", "<s2>"]}
+        stream.write(json.dumps(line) + "\n")
+    page = Page(write_report(run))
+    for said in (
+        "learning rate 0.0023 picked by a range test, 2 updates skipped",
+        "range test: 144 samples besides those of the stage, 34.2 s of its time",
+        "finetune ended before its budget was spent after 3 validations without an improvement",
+        "21.3 samples/s", "1,234 tokens/s, 51 % of the peak (MFU)",
+        "Skipped: warmup, update 7: the loss is nan; its samples: s1 and <s2>.",
+        "warmup with 4 visual tokens and finetune with the VPG's own resolution. A jump of the curves",
+    ):  # fmt: skip
+        assert said in page.text, said

@@ -8,66 +8,15 @@ from typing import Any
 
 from vpgtrans.evaluation.metrics import token_f1
 from vpgtrans.report import format as fmt
+from vpgtrans.report.course import course_notes, kind_notes, pace, stage_remarks
 from vpgtrans.report.curves import RunCurves, run_curves
 from vpgtrans.report.html import Cell, Head, Table, keep_whole, sentence, write_page
 from vpgtrans.report.plots import run_chart
 from vpgtrans.report.read import RunFiles, image_uri, read_run
+from vpgtrans.report.starts import start_values
 
 _LONGEST_CAPTION = 160
 """Characters shown of one caption; an untrained model can babble for pages."""
-
-_LEAST_MEMORY = 8 << 20
-"""Bytes below which a difference of peaks says nothing: later starts work in the memory that earlier ones left."""
-
-_PROBE_HEADS = [
-    Head("Start", numeric=False),
-    Head("Shared tokens", "pairs, coverage"),
-    Head("Direction match", "centred cosine"),
-    Head("Words found again", "recall@1"),
-    Head("Length against words", "norm ratio"),
-    Head("Words still readable", "copy gap recovered"),
-    Head("Caption loss, untrained", "step-0 loss"),
-    Head("What the image adds", "image gap, interval"),
-    Head("Prompt length", "prompt-norm ratio"),
-    Head("Cost", "time, memory"),
-]
-
-_COLUMN_NOTES = [
-    ("Shared tokens", "tokens that both LLMs have byte for byte, and the share of the target's vocabulary they cover."),
-    ("Direction match", "how well converted words point at the target's own, means removed; 1 is perfect."),
-    ("Words found again", "share of held-out words whose nearest neighbour after conversion is the right one."),
-    ("Length against words", "length of converted words over that of the target's words; 1 is right."),
-    (
-        "Words still readable",
-        "the target LLM copies text from converted words: 100 %: as well as from its own; 0 %: as from their mean.",
-    ),
-    ("Caption loss, untrained", "loss on held-out captions before any training, nats a token; lower is better."),
-    (
-        "What the image adds",
-        "that loss with shuffled images minus the loss with the right ones; where the interval holds zero, "
-        "the images carry no usable signal yet.",
-    ),
-    ("Prompt length", "length of visual prompts over that of the target's words."),
-    ("Cost", "time, and memory beyond what was in use; none is shown where that is too little to measure."),
-]
-
-_START_TERMS = [
-    ("caption-fit", "a correction of the start it is made over, fitted on captions by regression, without training."),
-    (
-        "cca",
-        "a linear map from the source LLM's word embeddings to the target's, fitted on shared tokens by canonical "
-        "correlation analysis; with α = 1 it is least squares, with α = 0 converted words spread like the target's.",
-    ),
-    ("ridge", "a linear map between the word embeddings of both LLMs, fitted on shared tokens by least squares."),
-    ("procrustes", "a rotation and one scale between the word embeddings of both LLMs, fitted on shared tokens."),
-    ("omp", "each word as a sum of few shared ones, the same sum taken in the target, distilled into a linear map."),
-    ("sgd", "the word converter trained by gradient descent on the cosine, as published."),
-    ("RMS-matched", "scaled so that converted words are as long, on average, as the target's."),
-    ("inherit", "a new random projector; the trained VPG is kept."),
-    ("keep", "the source's projector as it is: both LLMs share one embedding table."),
-    ("random", "a new projector of random numbers."),
-]
-"""What the parts of a start's name mean."""
 
 
 def write_report(run: Path) -> Path:
@@ -93,12 +42,13 @@ def write_report(run: Path) -> Path:
         key_figures=_key_figures(files.summary),
         version=(files.environment or {}).get("versions", {}).get("vpgtrans", ""),
         bill=_bill(files),
+        bill_notes=course_notes(files),
         skipped=[(str(row.get("id", "?")), fmt.plain(row.get("reason") or row.get("error"))) for row in files.skipped]
         if files.skipped
         else [],
         skipped_line=f"Unreadable samples, skipped and counted in no figure: {fmt.count(len(files.skipped or []))}.",
         **_curve_values(files, curves),
-        **_initialiser_values(files),
+        **start_values(files),
         samples=samples,
         samples_notes=_samples_notes(files, samples),
         trainable=_trainable(files.trainable or []),
@@ -222,6 +172,7 @@ def _bill(files: RunFiles) -> Table:
             Head("Updates"),
             Head("Samples", "by stage"),
             Head("Time"),
+            Head("Pace", "updates alone"),
             Head("Peak memory"),
             Head("Validation loss", "its best, nats a token"),
         ],
@@ -239,6 +190,7 @@ def _bill(files: RunFiles) -> Table:
             fmt.NOTHING,
             "0",
             fmt.duration(converter.get("seconds")),
+            fmt.NOTHING,
             fmt.size(_memory(converter)),
             fmt.NOTHING,
         )
@@ -247,10 +199,11 @@ def _bill(files: RunFiles) -> Table:
     for stage in _stages(summary):
         best = stage.get("best_samples")  # counted over all stages, unlike `samples`
         table.add(
-            str(stage.get("name", "?")),
+            Cell(str(stage.get("name", "?")), below=stage_remarks(stage)),
             fmt.count(stage.get("updates")),
             fmt.count(stage.get("samples")),
             fmt.duration(stage.get("seconds")),
+            pace(stage),
             fmt.size(_memory(stage)),
             Cell(
                 fmt.decimal(stage.get("val_loss")),
@@ -267,6 +220,7 @@ def _bill(files: RunFiles) -> Table:
             fmt.duration(total - paid),
             fmt.NOTHING,
             fmt.NOTHING,
+            fmt.NOTHING,
         )
     updates = [stage["updates"] for stage in _stages(summary) if fmt.is_number(stage.get("updates"))]
     table.add(
@@ -274,9 +228,12 @@ def _bill(files: RunFiles) -> Table:
         fmt.count(sum(updates) if updates else None),
         fmt.count(_samples_seen(summary)),
         fmt.duration(total),
+        fmt.NOTHING,
         fmt.size(summary.get("peak_memory_bytes")),
         fmt.decimal(summary.get("val_loss")),
     )
+    if all(stage.get("samples_per_second") is None for stage in _stages(summary)):
+        table.drop_empty_columns()
     return table
 
 
@@ -320,70 +277,9 @@ def _curve_values(files: RunFiles, curves: RunCurves) -> dict[str, Any]:
     values["chart"] = run_chart(
         curves, prefix="run", title="Training and validation loss, and learning rate", description=description
     )
-    values["curve_notes"] = [note for note in notes if note not in best_notes(files.summary, curves)]  # those lead
+    led = best_notes(files.summary, curves)
+    values["curve_notes"] = [*(note for note in notes if note not in led), *kind_notes(files)]
     return values
-
-
-def _initialiser_values(files: RunFiles) -> dict[str, Any]:
-    rows = files.initialisers or []
-    chosen = next((row for row in rows if row.get("chosen")), None)
-    taken = files.summary.get("initialiser")
-    name = chosen.get("name") if chosen else taken.get("kind") if isinstance(taken, dict) else taken
-    notes = []
-    if name:
-        reason = str(chosen.get("note") or "").rstrip(".") if chosen else ""
-        if not reason and len(rows) == 1:
-            reason = "The recipe names this start, so no other was scored"
-        notes.append(f"Taken: {name}." + (f" {reason[0].upper()}{reason[1:]}." if reason else ""))
-    low, high = (chosen.get(f"image_gap_{end}") if chosen else None for end in ("low", "high"))
-    if fmt.is_number(low) and fmt.is_number(high) and low <= 0 <= high:
-        notes.append("Its image gap can't be told from zero: before training, no usable signal, so warm-up was needed.")
-    names = " ".join(str(row.get("name", "")) for row in rows) or str(name or "")
-    terms = [(term, text) for term, text in _START_TERMS if re.search(rf"(?<!\w){term}(?!\w)", names)]
-    table = None
-    if rows:
-        caption = "Every start scored without training" if len(rows) > 1 else "The first projector, before training"
-        table = Table(caption, _PROBE_HEADS, cards=True, dense=True)
-        for row in rows:
-            _add_probe_row(table, row, several=len(rows) > 1)
-        table.drop_empty_columns()
-    shown = {head.text for head in table.heads} if table else set()
-    return {
-        "initialisers": table,
-        "initialiser_notes": notes,
-        "start_terms": terms,
-        "column_notes": [(head, text) for head, text in _COLUMN_NOTES if head in shown],
-    }
-
-
-def _add_probe_row(table: Table, row: dict[str, Any], *, several: bool) -> None:
-    chosen = bool(row.get("chosen")) and several
-    low, high = row.get("image_gap_low"), row.get("image_gap_high")
-    coverage = row.get("coverage")
-    memory = row.get("memory_bytes")
-    table.add(
-        Cell(
-            str(row.get("name", "?")),
-            below=str(row.get("note") or "") if several and not chosen else "",
-            mark="chosen" if chosen else "",
-        ),
-        Cell(fmt.count(row.get("pairs")), below=fmt.percent(coverage) if coverage is not None else ""),
-        fmt.decimal(row.get("centred_cosine")),
-        fmt.percent(row.get("recall_at_1")),
-        fmt.decimal(row.get("norm_ratio"), 2),
-        fmt.percent(row.get("copy_gap_recovered")),
-        fmt.decimal(row.get("step0_loss")),
-        Cell(
-            fmt.decimal(row.get("image_gap")),
-            below=f"[{fmt.decimal(low)}, {fmt.decimal(high)}]" if fmt.is_number(low) and fmt.is_number(high) else "",
-        ),
-        fmt.decimal(row.get("prompt_norm_ratio"), 2),
-        Cell(
-            fmt.duration(row.get("seconds")),
-            below=fmt.size(memory) if fmt.is_number(memory) and memory >= _LEAST_MEMORY else "",
-        ),
-        emphasised=chosen,
-    )
 
 
 def _trainable(rows: list[dict[str, Any]]) -> list[Table]:
