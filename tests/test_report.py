@@ -504,10 +504,10 @@ def test_what_went_on_in_training_is_said(run: Path) -> None:
         stream.write(json.dumps(line) + "\n")
     page = Page(write_report(run))
     for said in (
-        "learning rate 0.0023 picked by a range test, 2 updates skipped",
+        "learning rate 2.3e-3 picked by a range test, 2 updates skipped",
         "range test: 144 samples besides those of the stage, 34.2 s of its time",
         "finetune ended before its budget was spent after 3 validations without an improvement",
-        "21.3 samples/s", "1,234 tokens/s, 51 % of the peak (MFU)",
+        "21.3 samples/s", "1,234 tokens/s, MFU 51.0 %",
         "Skipped: warmup, update 7: the loss is nan; its samples: s1 and <s2>.",
         "warmup with 4 visual tokens and finetune with the VPG's own resolution. A jump of the curves",
     ):  # fmt: skip

@@ -15,7 +15,7 @@ def pace(stage: dict[str, Any]) -> Cell:
     if fmt.is_number(stage.get("tokens_per_second")):
         below.append(f"{fmt.count(round(stage['tokens_per_second']))} tokens/s")
     if fmt.is_number(stage.get("mfu")):
-        below.append(f"{fmt.percent(stage['mfu'])} of the peak (MFU)")
+        below.append(f"MFU {fmt.percent(stage['mfu'])}")
     return Cell(f"{stage['samples_per_second']:.3g} samples/s", below=", ".join(below))
 
 
