@@ -208,8 +208,8 @@ def validating(patch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Validations of the warm-up come to these values; resumed runs go on at theirs."""
     call = Validator.__call__
 
-    def said(self, module):
-        real = call(self, module)
+    def said(self, module, **keywords):
+        real = call(self, module, **keywords)
         return losses[module.done // 2] if module.stage.name == "warmup" else real
 
     patch.setattr(Validator, "__call__", said)
