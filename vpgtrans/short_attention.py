@@ -47,6 +47,11 @@ def _hidden(length: int, window: int | None, times: int, dtype: torch.dtype) -> 
         return torch.zeros(length, length, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat(times, 1)
 
 
+def forget() -> None:
+    """Let go of masks that were kept: those of a mode in which tensors hold nothing are of no use after it."""
+    _hidden.cache_clear()
+
+
 class _Short(torch.autograd.Function):
     """q [n, m, d], k and v [n, l, d], hidden [m, l]."""
 

@@ -1,0 +1,1 @@
+"""What a recipe's stages will take: memory, time and money, from shapes alone."""

@@ -1,0 +1,152 @@
+"""Memory of a stage by part, under each strategy: what a pass leaves at its highest moment, beside what stays."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from vpgtrans.plan.skeleton import Skeleton
+from vpgtrans.plan.trace import Passes
+from vpgtrans.training.config import TrainerConfig
+
+Strategy = Literal["single", "ddp", "fsdp", "deepspeed-2", "deepspeed-3"]
+STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp", "deepspeed-2", "deepspeed-3")
+
+BUCKET = 200 * 2**20
+"""Bytes that DeepSpeed gathers before it exchanges them, twice: one bucket is filled while another one travels."""
+SMALL, BLOCK = 4096, 256
+"""bitsandbytes keeps moments of tensors below `SMALL` elements in float32; of others a float32 scale a `BLOCK`."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is in memory all the time: bytes without any sharding.
+
+    Attributes:
+        weights: of all parts. gradients: of what trains. optimizer: its moments. largest: bytes of the largest
+        tensor that trains. block: of the largest block of the LLM.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    largest: int
+    block: int
+
+    @classmethod
+    def of(cls, vlm: Skeleton, trainer: TrainerConfig) -> "Standing":
+        trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+        moments = sum(_moments(parameter.numel(), trainer.optimizer) for parameter in trained)
+        return cls(
+            weights=_bytes([*vlm.parameters(), *vlm.buffers()]),
+            gradients=_bytes(trained),
+            optimizer=moments,
+            largest=max((parameter.nbytes for parameter in trained), default=0),
+            block=max((_bytes([*block.parameters()]) for block in _blocks(vlm)), default=0),
+        )
+
+
+def _moments(count: int, optimizer: str) -> int:
+    """Bytes of both moments of a tensor."""
+    if not optimizer.endswith("8bit") or count < SMALL:
+        return 8 * count
+    return 2 * (count + 4 * -(-count // BLOCK))
+
+
+def _bytes(tensors: Iterable[nn.Parameter] | Iterable[object]) -> int:
+    """Of tensors, tied ones once."""
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())  # type: ignore[attr-defined]
+
+
+def _blocks(vlm: Skeleton) -> list[nn.Module]:
+    """The LLM's blocks: the members of its longest list of modules of one class, from the outside."""
+    stacks = [module for module in vlm.language_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return list(max(stacks, key=len)) if stacks else []
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the highest moment of a stage, by part."""
+
+    parts: dict[str, int]
+    moment: str
+    """Which one it is: step, update, validation or images."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device takes for itself.
+
+    Attributes:
+        framework: bytes, whatever trains; with several devices `exchange` more. slack: share of what comes and goes that
+        an allocator holds beside it. together: whether an optimizer's update goes through all tensors at once.
+    """
+
+    framework: int
+    exchange: int
+    slack: float
+    together: bool
+
+
+CPU = Machine(framework=60 * 2**20, exchange=50 * 2**20, slack=0.03, together=False)
+GPU = Machine(framework=700 * 2**20, exchange=500 * 2**20, slack=0.08, together=True)
+"""CUDA's context and cuBLAS's workspaces; NCCL's buffers. Not measured here: no GPU was at hand."""
+
+
+def memory(
+    standing: Standing,
+    *,
+    step: Passes,
+    validation: Passes,
+    images: Passes,
+    strategy: Strategy,
+    devices: int,
+    machine: Machine,
+) -> Memory:
+    """Of one device at the highest moment of a stage.
+
+    Args:
+        step, validation, images: passes of an update's micro-batches, of a validation's batch, of the frozen front.
+    """
+    share = 1 if strategy == "single" else devices
+    whole = strategy in ("single", "ddp")
+    sharded = strategy in ("fsdp", "deepspeed-3")
+    weights = standing.weights // share if sharded else standing.weights
+    moments = standing.optimizer if whole else standing.optimizer // share
+    standing_by = {"weights": weights, "optimizer": moments}
+    buffers = 0
+    if sharded:
+        buffers = 2 * standing.block  # the block at work, and the next one on its way
+    if strategy.startswith("deepspeed"):
+        buffers += 2 * min(BUCKET, standing.gradients)
+    fixed = {"framework": machine.framework + (machine.exchange if share > 1 else 0), "buffers": buffers}
+
+    def moment(passes: Passes) -> dict[str, int]:
+        gradients = passes.gradients if whole or strategy == "deepspeed-2" else passes.gradients // share
+        moving = passes.activations + passes.logits + gradients
+        return {
+            **standing_by,
+            "gradients": gradients,
+            "activations": passes.activations,
+            "logits": passes.logits,
+            **fixed,
+            "allocator": int(machine.slack * moving),
+        }
+
+    gathered = standing.gradients if whole else standing.gradients // share
+    temporary = (standing.gradients if whole else standing.gradients // share) if machine.together else 0
+    temporary = temporary or 2 * standing.largest // (1 if whole else share)
+    update = {**standing_by, "gradients": gathered, "optimizer": moments + temporary, **fixed}
+    moments_of = {
+        "step": moment(step),
+        "update": {"weights": 0, "gradients": 0, "activations": 0, "logits": 0} | update,
+        "validation": moment(validation),
+        "images": moment(images),
+    }
+    name = max(moments_of, key=lambda key: sum(moments_of[key].values()))
+    return Memory(moments_of[name], name)
