@@ -146,8 +146,6 @@ def cases() -> Iterator[Case]:
     yield Case("llama", {"encoder": "full", **TUNE}, batch=16)
 
 
-
-
 def eyes() -> VPGConfig:
     image = {"size": 224, "fit": "squash"}
     encoder = {"kind": "huggingface", "architecture": VIT, "select": "patch", "image": image}

@@ -22,6 +22,7 @@ VERBS = {
     "compare": "vpgtrans.cli.compare",
     "probe": "vpgtrans.cli.probe",
     "validate": "vpgtrans.cli.validate",
+    "plan": "vpgtrans.cli.plan",
     "evaluate": "vpgtrans.cli.evaluate",
     "caption": "vpgtrans.cli.caption",
     "data": "vpgtrans.cli.data",

@@ -4,6 +4,18 @@ from vpgtrans.runs.compare import compare
 from vpgtrans.runs.data import data_stats
 from vpgtrans.runs.journey import train, transfer
 from vpgtrans.runs.packs import data_pack
+from vpgtrans.runs.plan import plan
 from vpgtrans.runs.use import caption, evaluate, probe, validate
 
-__all__ = ["caption", "compare", "data_pack", "data_stats", "evaluate", "probe", "train", "transfer", "validate"]
+__all__ = [
+    "caption",
+    "compare",
+    "data_pack",
+    "data_stats",
+    "evaluate",
+    "plan",
+    "probe",
+    "train",
+    "transfer",
+    "validate",
+]
