@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from vpgtrans.config import Quantisation
+from vpgtrans.llm import blocks_name
 from vpgtrans.plan.skeleton import Skeleton
 from vpgtrans.plan.trace import Passes
 from vpgtrans.training.config import TrainerConfig
@@ -15,6 +17,8 @@ STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp", "deepspeed-2", "dee
 
 BUCKET = 200 * 2**20
 """Bytes that DeepSpeed gathers before it exchanges them, twice: one bucket is filled while another one travels."""
+_PACKED: dict[Quantisation, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes of a weight: of nf4 with a scale for 64, in a byte, and a float32 scale for 256 of these."""
 SMALL, BLOCK = 4096, 256
 """bitsandbytes keeps moments of tensors below `SMALL` elements in float32; of others a float32 scale a `BLOCK`."""
 
@@ -25,7 +29,8 @@ class Standing:
 
     Attributes:
         weights: of all parts. gradients: of what trains. optimizer: its moments. largest: bytes of the largest
-        tensor that trains. block: of the largest block of the LLM.
+        tensor that trains. block: of the largest block of the LLM. unpacked: of the largest quantised weight as it is
+        multiplied.
     """
 
     weights: int
@@ -33,18 +38,27 @@ class Standing:
     optimizer: int
     largest: int
     block: int
+    unpacked: int = 0
 
     @classmethod
-    def of(cls, vlm: Skeleton, trainer: TrainerConfig) -> "Standing":
+    def of(cls, vlm: Skeleton, trainer: TrainerConfig, *, quantise: Quantisation | None = None) -> "Standing":
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+        packed = [weight for block in _blocks(vlm) for module in block.modules() for weight in _quantisable(module)]
+        saved = sum(int(weight.nbytes - weight.numel() * _PACKED[quantise]) for weight in packed) if quantise else 0
         moments = sum(_moments(parameter.numel(), trainer.optimizer) for parameter in trained)
         return cls(
-            weights=_bytes([*vlm.parameters(), *vlm.buffers()]),
+            weights=_bytes([*vlm.parameters(), *vlm.buffers()]) - saved,
             gradients=_bytes(trained),
             optimizer=moments,
             largest=max((parameter.nbytes for parameter in trained), default=0),
             block=max((_bytes([*block.parameters()]) for block in _blocks(vlm)), default=0),
+            unpacked=max((weight.nbytes for weight in packed), default=0) if quantise else 0,
         )
+
+
+def _quantisable(module: nn.Module) -> list[Tensor]:
+    """The weight of a module of a block, if it is one that is quantised; adapters train and stay."""
+    return [module.weight] if isinstance(module, nn.Linear) and not module.weight.requires_grad else []
 
 
 def _moments(count: int, optimizer: str) -> int:
@@ -54,15 +68,16 @@ def _moments(count: int, optimizer: str) -> int:
     return 2 * (count + 4 * -(-count // BLOCK))
 
 
-def _bytes(tensors: Iterable[nn.Parameter] | Iterable[object]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of tensors, tied ones once."""
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())  # type: ignore[attr-defined]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _blocks(vlm: Skeleton) -> list[nn.Module]:
-    """The LLM's blocks: the members of its longest list of modules of one class, from the outside."""
-    stacks = [module for module in vlm.language_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    return list(max(stacks, key=len)) if stacks else []
+    """The LLM's decoder blocks."""
+    blocks = vlm.language_model.get_submodule(blocks_name(vlm.language_model))
+    assert isinstance(blocks, nn.ModuleList)
+    return list(blocks)
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,8 @@ class Machine:
     """What a device takes for itself.
 
     Attributes:
-        framework: bytes, whatever trains; with several devices `exchange` more. slack: share of what comes and goes that
-        an allocator holds beside it. together: whether an optimizer's update goes through all tensors at once.
+        framework: bytes, whatever trains; with several devices `exchange` more. slack: what the allocator holds beside
+        activations, as a share of them. together: whether an optimizer's update goes through all tensors at once.
     """
 
     framework: int
@@ -93,7 +108,9 @@ class Machine:
     together: bool
 
 
-CPU = Machine(framework=60 * 2**20, exchange=50 * 2**20, slack=0.03, together=False)
+CPU = Machine(framework=60 * 2**20, exchange=50 * 2**20, slack=0.33, together=False)
+"""Measured by `benchmarks/plan.py`: libraries' own buffers; and glibc, which raises the size from which freed memory
+goes back to the system to 32 MB. With MALLOC_TRIM_THRESHOLD_ set to any value it doesn't, and there is no slack."""
 GPU = Machine(framework=700 * 2**20, exchange=500 * 2**20, slack=0.08, together=True)
 """CUDA's context and cuBLAS's workspaces; NCCL's buffers. Not measured here: no GPU was at hand."""
 
@@ -119,23 +136,22 @@ def memory(
     weights = standing.weights // share if sharded else standing.weights
     moments = standing.optimizer if whole else standing.optimizer // share
     standing_by = {"weights": weights, "optimizer": moments}
-    buffers = 0
+    buffers = standing.unpacked
     if sharded:
-        buffers = 2 * standing.block  # the block at work, and the next one on its way
+        buffers += 2 * standing.block  # the block at work, and the next one on its way
     if strategy.startswith("deepspeed"):
         buffers += 2 * min(BUCKET, standing.gradients)
     fixed = {"framework": machine.framework + (machine.exchange if share > 1 else 0), "buffers": buffers}
 
     def moment(passes: Passes) -> dict[str, int]:
         gradients = passes.gradients if whole or strategy == "deepspeed-2" else passes.gradients // share
-        moving = passes.activations + passes.logits + gradients
         return {
             **standing_by,
             "gradients": gradients,
             "activations": passes.activations,
             "logits": passes.logits,
             **fixed,
-            "allocator": int(machine.slack * moving),
+            "allocator": int(machine.slack * passes.activations),
         }
 
     gathered = standing.gradients if whole else standing.gradients // share

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vpgtrans.isolation import Isolation
 from vpgtrans.llm import Fingerprint, LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.segments import Segments
+from vpgtrans.token_loss import After
 from vpgtrans.vision.vpg import VPG
 from vpgtrans.vlm import VLM, Splice, Spliced
 
@@ -49,6 +51,11 @@ class _Shapes(Splice):
         self.isolation: Isolation | None = None
         self.rows = Rows([1], 0, 0)
         self.segments: Segments | None = None
+
+    @cached_property
+    def _after_head(self) -> After:
+        """Whatever a family does to its logits takes no memory: it is done in place."""
+        return After()
 
     def lay_out(self, *_: Any, **__: Any) -> None:
         """There is no prompter."""

@@ -6,7 +6,7 @@ from vpgtrans.gpus import Gpu
 from vpgtrans.plan.memory import Standing, Strategy
 
 UTILISATION = 0.4
-"""Of the peak, what products reach in training, one number for all models and types: careful code reaches 0.3 to 0.5."""
+"""Of the peak, what products reach in training; one number for all models and types. Careful code reaches .3 to .5."""
 BETWEEN_NODES = 25e9
 """Bytes a second and GPU from machine to machine: 200 Gbit/s each."""
 OPTIMIZER_PASSES = 2

@@ -4,8 +4,8 @@ What autograd keeps, what a backward pass makes on its way and when each is let 
 for every family of models; nothing of it is written down here. What runs is `FakeTensorMode`, so it takes seconds.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from vpgtrans import short_attention
 from vpgtrans.isolation import Isolation
 from vpgtrans.plan.ledger import Ledger
 from vpgtrans.plan.skeleton import Rows, Skeleton, fill
-from vpgtrans.training.config import Stage
+from vpgtrans.training.config import Stage, TrainerConfig
 from vpgtrans.training.features import FrozenFront, Level
+from vpgtrans.training.fitting import fitted
 from vpgtrans.training.parts import set_modes, set_trainable
 
 
@@ -26,7 +27,7 @@ class Passes:
     """What is in memory beside weights, optimizer and earlier gradients, at the highest moment.
 
     Attributes:
-        activations, logits: bytes. gradients: of these, bytes that a micro-batch adds before it gives up its activations.
+        activations, logits: bytes. gradients: bytes that a micro-batch adds before it lets go of its activations.
     """
 
     activations: int
@@ -41,15 +42,17 @@ class Passes:
 class Trace:
     """One stage of a skeleton, ready to run on shapes. The skeleton is its own from then on."""
 
-    def __init__(self, vlm: Skeleton, stage: Stage, *, level: Level, isolation: Isolation | None, autocast: bool):
+    def __init__(
+        self, vlm: Skeleton, stage: Stage, *, level: Level, isolation: Isolation | None, trainer: TrainerConfig
+    ):
         """
         Args:
             level: how far the frozen front reaches. isolation: of samples that share a row.
-            autocast: whether products are in bf16 and weights in float32.
+            trainer: its precision, and what it checkpoints.
         """
         self.vlm, self.stage, self.isolation = vlm, stage, isolation
         self.front = FrozenFront(vlm.vpg, level, dtype=torch.float32 if level == "pixels" else torch.bfloat16)
-        self.autocast = autocast
+        self.trainer = trainer.model_copy(update={"compile": False})
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)  # the mean pixel is a real tensor
         set_trainable(vlm, stage)
         with self._fake:
@@ -59,7 +62,8 @@ class Trace:
         """Of an update whose gradient is gathered over these rows, one after another."""
         self.vlm.train()
         set_modes(self.vlm, self.stage)
-        return self._run(rows, backward=True)
+        with fitted(self.vlm, self.stage, self.trainer):
+            return self._run(rows, backward=True)
 
     def validation(self, rows: Rows) -> Passes:
         """Of a pass without gradients."""
@@ -77,8 +81,8 @@ class Trace:
             self.front.of_levels(levels)
         return _passes(ledger)
 
-    def _counting(self) -> "_Counting":
-        return _Counting(self.vlm, self._fake, autocast=self.autocast)
+    def _counting(self) -> AbstractContextManager[Ledger]:
+        return _counting(self.vlm, self._fake, autocast=self.trainer.precision == "bf16-mixed")
 
     def _run(self, rows: Sequence[Rows], *, backward: bool) -> Passes:
         expected = []
@@ -111,25 +115,15 @@ class Trace:
         return torch.zeros(pieces, *shape, dtype=self.front.dtype)
 
 
-class _Counting:
+@contextmanager
+def _counting(vlm: Skeleton, fake: FakeTensorMode, *, autocast: bool) -> Iterator[Ledger]:
     """A ledger over a fake mode, with what must not outlive it thrown away."""
-
-    def __init__(self, vlm: Skeleton, fake: FakeTensorMode, *, autocast: bool):
-        self.ledger = Ledger(vlm, vocabulary=vlm.language_model.get_input_embeddings().weight.shape[0])  # type: ignore
-        mixed: AbstractContextManager[object] = nullcontext()
-        if autocast:
-            mixed = torch.autocast("cpu", dtype=torch.bfloat16)
-        self._inside = [fake, self.ledger, self.ledger.gradients(), mixed]
-
-    def __enter__(self) -> Ledger:
-        short_attention.forget()
-        for each in self._inside:
-            each.__enter__()
-        return self.ledger
-
-    def __exit__(self, *error: object) -> None:
-        for each in reversed(self._inside):
-            each.__exit__(*error)
+    ledger = Ledger(vlm, vocabulary=vlm.llm.fingerprint.vocabulary)
+    short_attention.forget()
+    try:
+        with fake, ledger, ledger.gradients(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            yield ledger
+    finally:
         short_attention.forget()
 
 

@@ -29,6 +29,7 @@ from vpgtrans.runs.data import open_prompters
 from vpgtrans.runs.parts import outline_of
 from vpgtrans.training.config import Stage
 from vpgtrans.training.fit import boundary
+from vpgtrans.training.fitting import checkpoints
 from vpgtrans.vision.importers import Outline
 from vpgtrans.vision.vpg import AT_ONCE
 
@@ -165,17 +166,16 @@ class _Shapes:
             vlm.vpg.encoder.to(dtype)
         augment = recipe.augmentation(self.stage)
         level, self.cached = boundary(self.stage, augment, native=vlm.vpg.native)
-        mixed = recipe.trainer.precision == "bf16-mixed"
         # fused attention keeps as much as the blocks of a CPU do, without their copies
         isolation = Isolation("blocks") if cpu else Isolation("sdpa")
-        self.trace = Trace(vlm, self.stage, level=level, isolation=isolation, autocast=mixed)
-        self.standing = Standing.of(vlm, recipe.trainer)
+        self.trace = Trace(vlm, self.stage, level=level, isolation=isolation, trainer=recipe.trainer)
+        self.standing = Standing.of(vlm, recipe.trainer, quantise=recipe.target.quantise)
         self.flops = StageFlops(vlm, self.stage.trainable)
         self.forward = StageFlops(vlm, {})
         self.validated = min(
             recipe.trainer.validate_samples or self.lengths.validation or 0, self.lengths.validation or 1 << 60
         )
-        self.checkpointed = recipe.trainer.gradient_checkpointing is not False
+        self.checkpointed = checkpoints(recipe.trainer, "llm")
 
     @cached_property
     def _affine(self) -> tuple[Passes, Passes, int]:
