@@ -14,7 +14,7 @@ import torch
 from vpgtrans.config import ProjectorConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import UserError, VpgTransError
+from vpgtrans.errors import DataError, ReferenceError_, UserError
 from vpgtrans.flops import StageFlops
 from vpgtrans.gpus import GPUS, Gpu, find_gpu
 from vpgtrans.isolation import Isolation
@@ -116,6 +116,15 @@ def _lacking(recipe: Recipe, where: Rented) -> str | None:
     return None
 
 
+def _refused(recipe: Recipe, strategy: Strategy) -> str | None:
+    """What of the recipe a strategy that splits tensors can't do."""
+    packed = [f"target.quantise: {recipe.target.quantise}"] if recipe.target.quantise else []
+    packed += [f"trainer.optimizer: {recipe.trainer.optimizer}"] if recipe.trainer.optimizer != "adamw" else []
+    if not packed or strategy in ("single", "ddp"):
+        return None
+    return f"{' and '.join(packed)} takes tensors whole, and {strategy} splits them"
+
+
 class _Known:
     """What is the same for all machines: shapes and lengths of every stage."""
 
@@ -135,7 +144,7 @@ class _Known:
                 train, validation = open_mixture(recipe.data.train), open_mixture(recipe.data.validation)
                 prompters = open_prompters(recipe)
                 return [Lengths.measured(train, prompter, validation=len(validation)) for prompter in prompters]
-            except (UserError, VpgTransError) as error:
+            except (DataError, ReferenceError_) as error:
                 _LOGGER.warning("samples can't be measured (%s); lengths are assumed", error)
         found = []
         for stage in recipe.stages:
@@ -156,7 +165,7 @@ class _Shapes:
     """One stage's passes in one precision, traced."""
 
     def __init__(self, known: _Known, index: int, dtype: torch.dtype, *, cpu: bool):
-        recipe = known.recipe
+        self.recipe = recipe = known.recipe
         self.stage, self.lengths = recipe.stages[index], known.lengths[index]
         self.packing = recipe.data.packing
         known.outline.vpg.set_resolution(recipe.resolution_of(self.stage))
@@ -261,6 +270,7 @@ def _row(
         rest = {"validation": shapes.validation, "images": shapes.images}
         return memory(shapes.standing, step=passes, strategy=strategy, devices=devices, machine=machine, **rest)
 
+    lacks = lacks or _refused(shapes.recipe, strategy)
     note = lacks
     if packing is not None:
         per_pack = lengths.samples_per_pack(packing, stage.batch_size)
@@ -279,7 +289,7 @@ def _row(
             note = f"micro_batch_size: {size} in place of {stated}"
         passes_of_update = math.ceil(share / size)
         found = at(shapes.step(size), several=passes_of_update > 1)
-    fits = found.total <= gpu.memory and lacks is None and share * devices >= devices
+    fits = found.total <= gpu.memory and lacks is None and devices <= stage.batch_size
     time_of = _time(shapes, strategy, where, gpu, devices=devices, passes=passes_of_update, peak=peak)
     hours = time_of["seconds"] / 3600
     cost_of_hour = price if price is not None else gpu.price
