@@ -16,7 +16,7 @@ from vpgtrans import runs, short_attention
 from vpgtrans.errors import DataError, UserError
 from vpgtrans.gpus import GPUS
 from vpgtrans.plan.ledger import Ledger
-from vpgtrans.plan.memory import GPU, Standing, memory
+from vpgtrans.plan.memory import GPU, Standing, memory, moments_of
 from vpgtrans.plan.samples import Lengths
 from vpgtrans.plan.skeleton import Rows
 from vpgtrans.plan.trace import Passes
@@ -105,8 +105,13 @@ def test_what_fits_training_into_memory_shows(home: Path) -> None:
         return int(row["memory_bytes"][name])
 
     assert part("activations", gradient_checkpointing=True) < part("activations")
-    assert part("optimizer", optimizer="adamw-8bit") < part("optimizer")
     assert part("weights", precision="fp32") > 1.5 * part("weights")
+
+
+def test_moments_in_eight_bits() -> None:
+    assert moments_of(1 << 20, "adamw") == moments_of(1 << 20, "paged-adamw") == 8 << 20
+    assert moments_of(1 << 20, "adamw-8bit") == (2 << 20) + 2 * 4 * (1 << 12)
+    assert moments_of(100, "adamw-8bit") == 800  # small tensors stay as they are
 
 
 def test_packs_are_planned_by_their_row(home: Path) -> None:

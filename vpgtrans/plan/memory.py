@@ -45,7 +45,7 @@ class Standing:
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         packed = [weight for block in _blocks(vlm) for module in block.modules() for weight in _quantisable(module)]
         saved = sum(int(weight.nbytes - weight.numel() * _PACKED[quantise]) for weight in packed) if quantise else 0
-        moments = sum(_moments(parameter.numel(), trainer.optimizer) for parameter in trained)
+        moments = sum(moments_of(parameter.numel(), trainer.optimizer) for parameter in trained)
         return cls(
             weights=_bytes([*vlm.parameters(), *vlm.buffers()]) - saved,
             gradients=_bytes(trained),
@@ -61,8 +61,8 @@ def _quantisable(module: nn.Module) -> list[Tensor]:
     return [module.weight] if isinstance(module, nn.Linear) and not module.weight.requires_grad else []
 
 
-def _moments(count: int, optimizer: str) -> int:
-    """Bytes of both moments of a tensor."""
+def moments_of(count: int, optimizer: str) -> int:
+    """Bytes of both moments of a tensor of so many elements."""
     if not optimizer.endswith("8bit") or count < SMALL:
         return 8 * count
     return 2 * (count + 4 * -(-count // BLOCK))
@@ -158,11 +158,11 @@ def memory(
     temporary = (standing.gradients if whole else standing.gradients // share) if machine.together else 0
     temporary = temporary or 2 * standing.largest // (1 if whole else share)
     update = {**standing_by, "gradients": gathered, "optimizer": moments + temporary, **fixed}
-    moments_of = {
+    at = {
         "step": moment(step),
         "update": {"weights": 0, "gradients": 0, "activations": 0, "logits": 0} | update,
         "validation": moment(validation),
         "images": moment(images),
     }
-    name = max(moments_of, key=lambda key: sum(moments_of[key].values()))
-    return Memory(moments_of[name], name)
+    name = max(at, key=lambda key: sum(at[key].values()))
+    return Memory(at[name], name)
