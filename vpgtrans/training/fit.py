@@ -239,7 +239,7 @@ class StageRun:
             self.module.resume_optimizer = optimizer_state
         self.module.to(self.vlm.device)
         try:
-            with self.display, killed_is_said(), fitted(self.vlm, self.stage, self.recipe.trainer):
+            with self.display, killed_is_said():
                 if self.stage.lr == "auto":
                     self._pick_rate()
                 if len(self.data) and not self.gave_up:
@@ -287,7 +287,10 @@ class StageRun:
         """Every device trains on its share of each update."""
         data.rank, data.world = trainer.global_rank, trainer.world_size
         self.bad.shared = trainer.world_size > 1
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as around:
+            # The blocks that train: in shards they are others than the VLM's own.
+            config = self.recipe.trainer
+            module.fit_blocks = lambda vlm: around.enter_context(fitted(vlm, module.stage, config))
             # Frozen parts are in eval mode on purpose, and the data are read by one process in order.
             warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
             warnings.filterwarnings("ignore", r"Your `IterableDataset` has `__len__` defined")

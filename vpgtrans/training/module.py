@@ -5,7 +5,7 @@ One batch is one optimizer update. It is split into micro-batches or packs here,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -63,6 +63,8 @@ class StageModule(L.LightningModule):
         self.resume_optimizer: dict[str, Any] | None = None
         self.together = Together(self)
         """How devices train this together; another one is put here before training begins."""
+        self.fit_blocks: Callable[[VLM], None] = lambda vlm: None
+        """What is done to the blocks of what trains, see `fitting.fitted`."""
         self.last: dict[str, float] = {"loss": 0.0, "text_tokens": 0.0, "tokens": 0.0}
         """Figures of the last update: loss, lr, grad_norm, text_tokens, tokens."""
 
@@ -178,6 +180,7 @@ class StageModule(L.LightningModule):
     def configure_model(self) -> None:
         """Called by the trainer once the devices know each other."""
         self.together.split()
+        self.fit_blocks(self.vlm)
 
     def on_fit_start(self) -> None:
         """Called by the trainer when all is set up."""
