@@ -217,7 +217,11 @@ def _shadow(vlm: VLM, *, fresh: bool) -> VLM:
     """A VLM of other modules with the same tensors. fresh: in parameters of its own."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(vlm.parameters(), vlm.buffers())}
     if fresh:
-        memo |= {id(each): nn.Parameter(each.data, requires_grad=each.requires_grad) for each in vlm.parameters()}
+        # A number as a vector of one: it goes everywhere that the number went, and can be cut and sent.
+        memo |= {
+            id(each): nn.Parameter(torch.atleast_1d(each.data), requires_grad=each.requires_grad)
+            for each in vlm.parameters()
+        }
     memo[id(vlm.llm.tokenizer)] = vlm.llm.tokenizer
     return copy.deepcopy(vlm, memo)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vpgtrans.config import Mode, Part
 from vpgtrans.errors import RecipeError
-from vpgtrans.training.parts import trained_parameters
+from vpgtrans.training.parts import PARTS, part_module, trained_parameters
 from vpgtrans.training.sharding import InStep
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class Zero(InStep):
         self.stage = stage
         self._finite = True
         self._names_of: list[tuple[str, nn.Parameter]] = []
+        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        self._named_shapes: dict[str, torch.Size] = {}
+        """As they are in the VLM, where there are numbers, too."""
         self._groups: list[list[str]] = []
         """Names of the optimizer's parameters, by its groups."""
 
@@ -77,6 +80,12 @@ class Zero(InStep):
             )
         self._step_behind(fresh=True)
         assert self._own is not None
+        self._shapes = {parameter: parameter.shape for parameter in self._own.parameters()}
+        self._named_shapes = {
+            f"{part}/{name}": each.shape
+            for part in PARTS
+            for name, each in part_module(self._own, part).named_parameters()
+        }
         self._names_of = [(f"{part}/{name}", each) for part, name, each in trained_parameters(module.vlm, module.stage)]
         front = {"pixels": [], "patches": [self._own.vpg.encoder], "tokens": [self._own.vpg]}[module.front.level]
         kept = {parameter for frozen in front for parameter in frozen.parameters()}  # what fills caches, and is small
@@ -90,7 +99,7 @@ class Zero(InStep):
             return
         for whole, now in zip(self._own.parameters(), self.module.vlm.parameters(), strict=True):
             with self._gathered([now]):
-                whole.data = now.data.clone()
+                whole.data = now.data.clone().view(self._shapes[whole])
         self._engine.destroy()
         self._step_forth()
 
@@ -164,11 +173,13 @@ class Zero(InStep):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, entry in entries.items():
             for key in _STATE:
-                safe_set_full_optimizer_state(named[name], entry[key].to(self.module.device), key)
+                value = torch.atleast_1d(entry[key]).to(self.module.device)
+                safe_set_full_optimizer_state(named[name], value, key)
 
     def take(self, changed: dict[Part, Mode]) -> dict[str, Tensor]:
         with self._gathered(list(self.module.vlm.parameters()) if "full" in changed.values() else self._trained):
-            return super().take(changed)
+            state = super().take(changed)
+        return {name: tensor.view(self._named_shapes.get(name, tensor.shape)) for name, tensor in state.items()}
 
     @property
     def _trained(self) -> list[nn.Parameter]:
@@ -187,7 +198,10 @@ class Zero(InStep):
         entries = {
             name: {
                 "step": torch.as_tensor(steps[0]).cpu().clone(),
-                **{key: safe_get_full_optimizer_state(each, key).cpu().clone().view(each.shape) for key in _STATE},
+                **{
+                    key: safe_get_full_optimizer_state(each, key).cpu().clone().view(self._named_shapes[name])
+                    for key in _STATE
+                },
             }
             for name, each in self._names_of
         }
