@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
@@ -37,6 +38,13 @@ _STATE = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter."""
 
 
+class _AsItIs(DeepSpeedPrecision):
+    """Batches in the dtypes that they have: what takes them knows."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 class Zero(InStep):
     """ZeRO stage 2 or 3."""
 
@@ -52,7 +60,7 @@ class Zero(InStep):
         """Names of the optimizer's parameters, by its groups."""
 
     def plugin(self) -> DeepSpeedStrategy:
-        return DeepSpeedStrategy(config=self.config())
+        return DeepSpeedStrategy(config=self.config(), precision_plugin=_AsItIs("32-true"))
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's."""
