@@ -166,9 +166,7 @@ class Zero(InStep):
         """The optimizer gets its state, which it else had from its first step on: zeros, or a resumed run's."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        optimizer, saved = self.optimizer, self.module.resume_optimizer
-        if saved is None:
-            return
+        optimizer, saved = self.optimizer, self.module.resume_optimizer or {"state": {}}
         named = dict(self._names_of)
         entries = {
             (list(named)[name] if isinstance(name, int) else name): entry for name, entry in saved["state"].items()
@@ -178,6 +176,7 @@ class Zero(InStep):
             for flat in group["params"]:
                 optimizer.state[flat] = {"step": steps.clone(), **{key: torch.zeros_like(flat) for key in _STATE}}
         if self.stage == 2:
+            # Its first step would do it after the first group's, when the others have no state yet.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, entry in entries.items():
             for key in _STATE:
