@@ -161,8 +161,6 @@ class Zero(InStep):
         state = optimizer.state_dict()
         names = self._names(optimizer)
         self._groups = [[names[number] for number in group["params"]] for group in state["param_groups"]]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0  # stage 3 takes a step to have its state, in which weights would decay
 
     def begin(self) -> None:
         """The optimizer gets its state, which it else had from its first step on: zeros, or a resumed run's."""
@@ -174,8 +172,8 @@ class Zero(InStep):
             (list(named)[name] if isinstance(name, int) else name): entry for name, entry in saved["state"].items()
         }
         steps = next((entry["step"] for entry in entries.values()), torch.tensor(0.0))
-        # Stage 3 has made them by a step without a gradient.
-        for flat in {*optimizer.state, *(each for group in optimizer.param_groups for each in group["params"])}:
+        engine = self._engine.optimizer
+        for flat in engine.single_partition_of_fp32_groups if self.stage == 2 else engine.fp32_partitioned_groups_flat:
             optimizer.state[flat] = {"step": steps.clone(), **{key: torch.zeros_like(flat) for key in _STATE}}
         if self.stage == 2:
             # Its first step would do it after the first group's, when the others have no state yet.
