@@ -127,6 +127,9 @@ class Zero(InStep):
 
     def before_pass(self, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
+        # The engine's own forward pass would say so; ours are several in one of those, and stage 3 would keep the last
+        # gradient alone.
+        self._engine.optimizer.clear_backward_seen_flag()
 
     def backward(self, loss: Tensor) -> None:
         self._finite &= bool(loss.isfinite())
