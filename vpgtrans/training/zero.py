@@ -11,7 +11,8 @@ as they are (of data with images in every batch there are none).
 
 Whole optimizer state is gathered by name, so checkpoints are those of the other strategies.
 
-Lightning's strategy runs on GPUs alone. None of this has trained anything yet: see docs/scaling.md.
+Lightning's strategy runs on GPUs alone. This has run on two CPU processes by hand, with that check taken out: training
+and its checkpoints, not their resumption. On GPUs it has not run. See docs/scaling.md.
 """
 
 import math
