@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,11 +92,11 @@ def test_the_state_goes_through_json_to_the_same_decisions():
 # --- in a run -----------------------------------------------------------------------------------
 
 
-def run_damaged(root, run, recipe, *, resume=False):
+def run_damaged(root, run, recipe, **options):
     vlm = damaged(build_vlm(root))
     run.mkdir(exist_ok=True)
     sources = {**mixtures(), "validation": Mixture([(Pictures(3, seed=1), 1.0)])}  # none has a helmet
-    return vlm, run_stages(vlm, recipe, RunDirectory(run), resume=resume, **sources)
+    return vlm, run_stages(vlm, recipe, RunDirectory(run), **{"resume": False, **options}, **sources)
 
 
 def guarded(**changes):
@@ -264,3 +266,25 @@ def test_an_interrupted_stage_ends_early_at_the_same_update(root, tmp_path, monk
     assert_same(
         vlm, tmp_path / "cut", others, (all_tensors(expected), lines(tmp_path / "whole/metrics.jsonl"), results, 0)
     )
+
+
+def test_a_validation_that_a_signal_cut_short_ends_the_stage_when_it_is_made_up_for(root, tmp_path, monkeypatch):
+    validating(monkeypatch, LOSSES)
+    recipe, expected = stopping(patience=2), build_vlm(root)
+    whole = train(expected, recipe, tmp_path / "whole")
+    module_losses = StageModule.losses
+
+    def losses(self, batch):
+        if self.stage.name == "warmup" and self.done == 10 and not self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return module_losses(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "losses", losses)
+        with pytest.raises(Exception, match="stopped by SIGTERM"):
+            train(build_vlm(root), recipe, tmp_path / "cut")
+    vlm = build_vlm(root)
+    results = train(vlm, recipe, tmp_path / "cut", resume=True)
+    assert [result.updates for result in results] == [result.updates for result in whole] == [10, 2]
+    ours, theirs = all_tensors(vlm), all_tensors(expected)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

@@ -31,6 +31,7 @@ class Watch(L.Callback):
         self.run.stop.install()
         if self.run.unvalidated:
             self.run.validate()  # here and not before `fit`: now the devices know each other
+            trainer.should_stop = self.run.gave_up
         self._exchange_bad(trainer)
         self.begun = self.run.progress.seconds, self.run.progress.update
         self.clock = time.perf_counter()
