@@ -150,6 +150,14 @@ def test_a_run_that_was_interrupted_after_a_skipped_update_ends_the_same(root, t
     assert [result.skipped for result in others] == [result.skipped for result in results]
 
 
+def test_skipped_updates_count_on_over_stages_where_no_checkpoint_is_written(root, tmp_path):
+    _, results = run_damaged(root, tmp_path / "all", guarded(max_skipped=20))
+    first, second = (result.skipped for result in results)
+    assert min(first, second) > 0
+    with pytest.raises(TrainingError, match=f"{first} updates were skipped before"):
+        run_damaged(root, tmp_path / "few", guarded(max_skipped=first), keep_checkpoints=False)
+
+
 def test_too_many_skipped_updates_stop_the_run_and_name_the_samples(root, tmp_path):
     with pytest.raises(TrainingError) as caught:
         run_damaged(root, tmp_path, guarded(max_skipped=2))

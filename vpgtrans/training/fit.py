@@ -376,10 +376,10 @@ class StageRun:
 
     def save(self) -> None:
         """Write a checkpoint of this moment, if there is none yet."""
+        self.progress.guard = self.module.guard.state  # the next stage counts on, also where nothing is written
         if self.checkpoints is None or self._saved == self.progress.update:
             return
         self.meter.flush()
-        self.progress.guard = self.module.guard.state
         self.checkpoints.save(
             Checkpoint(
                 progress=self.progress,
