@@ -69,6 +69,14 @@ def test_the_first_losses_are_no_spikes_and_a_level_curve_needs_a_real_rise():
     assert Guard(GuardConfig(spike=None)).problem(1e9, 1.0) is None
 
 
+def test_where_data_are_known_by_heart_small_losses_are_no_spikes():
+    guard, chance = Guard(), random.Random(0)
+    for _ in range(WINDOW):
+        assert guard.problem(0.002 + chance.random() / 1000, 1.0) is None
+    assert guard.problem(0.08, 1.0) is None
+    assert "a spike" in guard.problem(0.5, 1.0)
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_what_is_not_finite_is_found_at_once(loss, norm):
     assert Guard(GuardConfig(spike=None)).problem(loss, norm)

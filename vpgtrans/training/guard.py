@@ -23,6 +23,9 @@ ENOUGH = 24
 """As long as there are fewer, nothing is a spike."""
 LEAST_SPREAD = 0.02
 """Share of the median below which a spread is taken for this: a stage that has learnt its data has hardly any."""
+LEAST = 0.01
+"""Nats below which a spread is taken for this: where a stage knows its data by heart, losses are thousandths, and one
+that is twenty times the median harms nothing."""
 NORMAL = 1.4826
 """Standard deviations in a median distance from the median, of normal noise."""
 
@@ -98,4 +101,4 @@ def _spread(losses: Sequence[float]) -> tuple[float, float]:
     """Median and robust standard deviation."""
     middle = median(losses)
     spread = NORMAL * median(abs(loss - middle) for loss in losses)
-    return middle, max(spread, LEAST_SPREAD * abs(middle), 1e-6)
+    return middle, max(spread, LEAST_SPREAD * abs(middle), LEAST)
