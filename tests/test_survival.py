@@ -30,6 +30,7 @@ from vpgtrans.errors import CheckpointError, MachineError, OutputError
 from vpgtrans.files import alone
 from vpgtrans.recipe import Recipe, dump
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
+from vpgtrans.runs.journey import BY_CONTENT, MACHINES_OWN
 from vpgtrans.shortage import shortages_are_said
 from vpgtrans.training import checkpoints as checkpoint_files
 from vpgtrans.training.checkpoints import Checkpoint, Checkpoints, Progress
@@ -166,6 +167,14 @@ def test_where_all_are_damaged_each_is_named(saved: Path, tmp_path: Path) -> Non
     _flip(tmp_path / "checkpoints/01-00000004/state.safetensors", random.Random(0))
     with pytest.raises(CheckpointError, match=r"(?s)04: state\.safetensors is damaged.*02: optimizer\.pt is missing"):
         Checkpoints(tmp_path / "checkpoints").load()
+
+
+def test_a_checkpoint_of_another_version_is_said_to_be_one(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpgtrans.training.checkpoints.FORMAT", 3)
+    with pytest.raises(CheckpointError, match=r"of another version \(format 2; this one: 3\)"):
+        Checkpoints(saved).load()
 
 
 def _checkpoint(update: int) -> Checkpoint:

@@ -234,10 +234,12 @@ def _read(directory: Path) -> Checkpoint:
     text = (directory / _MANIFEST).read_bytes()
     try:
         said = json.loads(text)
-        files = said["files"]
+        files, written = said["files"], said["format"]
         whole = text == _manifest(said["stage"], said["update"], files).encode()
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{_MANIFEST} is damaged, or of another version ({error})") from error
+    if written != FORMAT:
+        raise CheckpointError(f"{_MANIFEST} is damaged, or of another version (format {written}; this one: {FORMAT})")
     if not whole:
         raise CheckpointError(f"{_MANIFEST} is damaged: it was altered")
     if _order(directory)[:2] != (said["stage"], said["update"]):
