@@ -594,3 +594,13 @@ def test_keys_that_matter_are_refused_by_name(tiny: Tiny, begun: Path, tmp_path:
     result = CliRunner().invoke(cli, ["transfer", write(other, tmp_path), "-o", str(begun), "--resume"])
     assert result.exit_code == 2
     assert "(differs in seed, stages.0.lr)" in result.stderr
+
+
+def test_a_run_that_the_guard_stopped_may_go_on_with_a_higher_limit(tiny: Tiny, begun: Path, tmp_path: Path) -> None:
+    more = {**own_data(tiny, tmp_path / "here").trainer.model_dump(), "guard": {"max_skipped": 30}}
+    check_run(own_data(tiny, tmp_path / "here", trainer=more), begun, resume=True, overwrite=False,
+              may_differ=(*MACHINES_OWN, *BY_CONTENT))  # fmt: skip
+    other = {**more, "guard": {"spike": 20.0}}
+    with pytest.raises(OutputError, match=r"differs in trainer\.guard\.spike"):
+        check_run(own_data(tiny, tmp_path / "here", trainer=other), begun, resume=True, overwrite=False,
+                  may_differ=(*MACHINES_OWN, *BY_CONTENT))  # fmt: skip

@@ -42,7 +42,8 @@ SAMPLES_SHOWN = 24
 
 MACHINES_OWN = (
     *(f"trainer.{key}" for key in ("devices", "strategy", "threads", "attention", "checkpoint_every", "loggers")),
-    *("trainer.gradient_checkpointing", "trainer.compile", "data.workers", "data.max_bad_fraction"),
+    *(f"trainer.{key}" for key in ("gradient_checkpointing", "compile", "guard.max_skipped")),
+    *("data.workers", "data.max_bad_fraction"),
     *("stages.*.micro_batch_size", "stages.*.cache_features", "evaluation", "compare"),
 )
 """Keys in which a resumed run may differ: where and how fast it trains, not what."""
