@@ -1,10 +1,13 @@
 """`lr: auto`: the range test before a stage, what it leaves behind and what it costs."""
 
 import math
+import os
+import signal
 from itertools import pairwise
 
 import pytest
 import torch
+from test_guard import run_damaged
 from test_resume import CLOCKED, Crash, crash_at
 from tiny_training import FINETUNE, WARMUP, all_tensors, build_vlm, lines, make_recipe, train
 
@@ -12,6 +15,7 @@ from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import dump, load_recipe
 from vpgtrans.runs.compare import compare
 from vpgtrans.training import rates
+from vpgtrans.training.checkpoints import Checkpoints
 from vpgtrans.training.config import Stage
 
 STAGES = [{**WARMUP, "lr": "auto"}, {**FINETUNE, "lr": "auto"}]
@@ -135,6 +139,45 @@ def test_a_test_ends_where_the_loss_diverges(root, tmp_path, monkeypatch):
     monkeypatch.setattr(rates, "WORSE", -100.0)  # whatever comes second counts as far above
     (result,) = train(build_vlm(root), make_recipe(STAGES[:1]), tmp_path)
     assert (result.range_test["updates"], len(result.range_test["gains"])) == (2, 2)
+
+
+def test_what_is_not_finite_before_anything_was_trained_says_nothing_of_the_rate(root, tmp_path, short):
+    recipe = make_recipe([{**STAGES[0], "batch_size": 2, "budget": {"samples": 4}}])
+    _, (result,) = run_damaged(root, tmp_path, recipe)
+    test = result.range_test
+    assert 0 < len(test["gains"]) < 8
+    assert (test["updates"], all(math.isfinite(gain) for gain in test["gains"])) == (8, True)
+
+
+def test_without_a_curve_the_rate_is_the_lowest():
+    assert rates.pick([], []) == rates.LOWEST
+
+
+@pytest.mark.parametrize(("name", "measured", "saved"), [("SIGTERM", 1, None), ("SIGUSR1", 8, 1)])
+def test_a_signal_while_losses_are_measured_does_not_wait_for_the_test(
+    root, tmp_path, short, monkeypatch, name, measured, saved
+):
+    loss, calls, found = rates._loss, [], []
+
+    def one(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.Signals[name])
+        return loss(*arguments)
+
+    monkeypatch.setattr(rates, "_loss", one)
+    save = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state: (found.append(state.progress.update), save(self, state))
+    )
+    recipe = make_recipe([{**STAGES[0], "validate_every": 24}])
+    if saved is None:
+        with pytest.raises(Exception, match="stopped by SIGTERM; there is no checkpoint yet"):
+            train(build_vlm(root), recipe, tmp_path)
+    else:
+        train(build_vlm(root), recipe, tmp_path)
+        assert found[0] == saved
+    assert len(calls) == measured
 
 
 def test_compare_wants_a_number(root):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vpgtrans.data.packs import measure
 from vpgtrans.recipe import Recipe
+from vpgtrans.training import rates
 from vpgtrans.training.draws import Draws, SampleDraws, pack_draws
 from vpgtrans.training.sharding import blocks
 
@@ -52,6 +53,12 @@ def chats() -> Recipe:
         {"name": "finetune", "trainable": {"projector": "full", "llm": "lora"}, "cache_features": False, **common},
     ]
     return make_recipe(short)
+
+
+def sought() -> Recipe:
+    """The rate is picked by a range test; of every batch one of two processes has a micro-batch more."""
+    common = {"batch_size": 3, "micro_batch_size": 1, "budget": {"samples": 6}, "validate_every": 3, **_STILL}
+    return make_recipe([FINETUNE | common | {"lr": "auto"}])
 
 
 def everything() -> Recipe:
@@ -83,7 +90,7 @@ def set_up(run: Path, recipe: Recipe, strategy: str, **options: Any) -> None:
 class Pair:
     """Runs of one process, and the same by two, all by the same two: to start them takes longest."""
 
-    def __init__(self, root: Path, directory: Path):
+    def __init__(self, root: Path, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.directory = directory
         self.root = root
         untied = make_models(directory / "untied", family="llama-untied", dropout=0.0)
@@ -95,6 +102,8 @@ class Pair:
             self._alone(name, recipe, unreadable=self.unreadable[name])
         self._alone("chats", chats(), chats=True)
         self._alone("everything", everything(), root=str(untied))
+        monkeypatch.setattr(rates, "UPDATES", 4)
+        self._alone("sought", sought(), sweep=4)
         # Written by one process; two go on from before the last two updates.
         later = directory / "resumed-fsdp"
         shutil.copytree(directory / "padded", later)
@@ -113,6 +122,7 @@ class Pair:
         for strategy in ("ddp", "fsdp"):
             set_up(self.directory / f"{name}-{strategy}", recipe, strategy, **options)
         vlm = build_vlm(Path(options.pop("root", self.root)), dropout=0.0)
+        options.pop("sweep", None)
         train(vlm, recipe, self.directory / name, **options)
         self.tensors[name] = all_tensors(vlm)
 
@@ -124,7 +134,8 @@ def cut(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(root, tmp_path_factory) -> Pair:
-    return Pair(root, tmp_path_factory.mktemp("pair"))
+    with pytest.MonkeyPatch.context() as patch:
+        return Pair(root, tmp_path_factory.mktemp("pair"), patch)
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -134,7 +145,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["padded", "packed", "chats", "everything"])
+@pytest.mark.parametrize("name", ["padded", "packed", "chats", "everything", "sought"])
 def test_two_processes_give_what_one_gives(pair, name, strategy):
     """Also where one of them has a micro-batch less, no image, or nothing at all, because its images can't be read."""
     alone, run = pair.directory / name, pair.directory / f"{name}-{strategy}"

@@ -6,7 +6,8 @@ Not a test file.
 
 trains by RUN/recipe.json, several runs one after another; process N of those that train together writes
 RUN/finalN.safetensors, and the stages' validation losses into RUN/resultsN.json. RUN/options.json, if there is one,
-says otherwise for one run: {"root", "resume", "unreadable", "chats"}.
+says otherwise for one run: {"root", "resume", "unreadable", "chats", "sweep"};
+sweep: updates of a range test.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, parse_recipe
 from vpgtrans.runs.directory import RunDirectory
 from vpgtrans.runs.training import run_stages
+from vpgtrans.training import rates
 from vpgtrans.training.fit import StageResult
 from vpgtrans.training.module import StageModule
 from vpgtrans.vision import connectors, encoders
@@ -229,6 +231,7 @@ def one_run(run: Path, root: Path, dropout: float, **options: Any) -> None:
     vlm = build_vlm(root, dropout=dropout)
     if options.pop("damaged", False):
         damaged(vlm)
+    rates.UPDATES = options.pop("sweep", rates.UPDATES)
     try:
         results = train(vlm, recipe, run, **options)
     except VpgTransError as error:

@@ -85,8 +85,10 @@ def smooth(gains: Sequence[float]) -> list[float]:
 def pick(rates: Sequence[float], gains: Sequence[float]) -> float:
     """The rate for a stage out of a range test's curve, rounded to two digits.
 
-    Where nothing falls, that is the lowest rate of the test.
+    Where nothing falls, that is the lowest rate of the test; as well where there is no curve.
     """
+    if not gains:
+        return LOWEST
     curve = smooth(gains)
     enough = REACHED * min(curve)
     return float(f"{next(rate for rate, gain in zip(rates, curve, strict=True) if gain <= enough):.2g}")
@@ -130,8 +132,13 @@ class _SweepModule(StageModule):
 
 
 class _NoGuard(Guard):
-    def problem(self, loss: float, norm: float) -> None:
-        return None
+    """Leaves out what is not finite alone, which may be the samples' fault: the test goes on with the next ones."""
+
+    def problem(self, loss: float, norm: float) -> str | None:
+        return None if math.isfinite(loss) else f"the loss is {loss}"
+
+    def skip(self, problem: str, **_: Any) -> None:
+        """The stage itself will meet these samples, and count them."""
 
 
 class _Sweep(L.Callback):
@@ -149,14 +156,16 @@ class _Sweep(L.Callback):
         assert isinstance(pl_module, StageModule)
         self.run.stop.install()
         for number, batch in enumerate(self.updates):
+            self._stop_if_asked(pl_module)
             self.before.append(_loss(pl_module, batch, number))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, StageModule)
-        if self.run.stop.agree(pl_module.over_devices)[1]:
-            raise Stopped
+        self._stop_if_asked(pl_module)
         done = pl_module.done - 1
         self.samples += len(self.updates.draws.update(done).rows)
+        if not math.isfinite(self.before[done]) or "left_out" in pl_module.last:
+            return  # it was so before anything was trained, or there is nothing: that says nothing of the rate
         gain = pl_module.last["loss"] - self.before[done]
         curve = smooth(self.gains)
         if not math.isfinite(gain) or (curve and curve[-1] > min(curve) + WORSE and gain > min(curve) + WORSE):
@@ -165,6 +174,10 @@ class _Sweep(L.Callback):
             self.rates.append(rate_at(done))
             self.gains.append(gain)
 
+    def _stop_if_asked(self, module: StageModule) -> None:
+        if self.run.stop.agree(module.over_devices, saving=False)[1]:
+            raise Stopped
+
 
 @torch.no_grad()
 def _loss(module: StageModule, batch: Batch, number: int) -> float:
@@ -172,7 +185,7 @@ def _loss(module: StageModule, batch: Batch, number: int) -> float:
     module.seed_dropout(number)
     weights = {name: goal.weight(batch, module.vlm.vpg.tokens) for name, goal in module.objectives.items()}
     sums = dict.fromkeys(weights, 0.0)
-    for part in batch.parts(module.stage.micro_batch_size):
+    for part in module.together.paced(batch.parts(module.stage.micro_batch_size)):
         for name, (summed, _) in module.losses(part).items():
             sums[name] += summed.item()
     whole = module.over_devices([*sums.values(), *weights.values()])

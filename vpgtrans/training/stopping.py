@@ -71,14 +71,16 @@ class StopSignals:
         if self.asked:
             raise Stopped
 
-    def agree(self, over_devices: Callable[[Sequence[float]], Sequence[float]]) -> tuple[bool, bool]:
+    def agree(
+        self, over_devices: Callable[[Sequence[float]], Sequence[float]], *, saving: bool = True
+    ) -> tuple[bool, bool]:
         """Whether any of the processes that train together was asked for a checkpoint, and whether they stop then.
 
         Called by all at the same update. What reaches one of them later counts at the next.
 
-        over_devices: sums figures over them.
+        over_devices: sums figures over them. saving: whether there is anything to save yet; else it stays asked for.
         """
-        saves = self._save
+        saves = self._save and saving
         own = (self.signum == signal.SIGINT, self.signum == signal.SIGTERM, saves)
         interrupted, terminated, saved = over_devices([float(flag) for flag in own])
         if saves:
