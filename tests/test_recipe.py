@@ -203,7 +203,7 @@ seed: 1.5
         ("stages.1.name=warmup", ["two stages are called warmup"]),
         ("stages=[]", ["at least 1"]),
         ("trainer.devices=0", ["is 0", "a whole number above 0", "auto"]),
-        ("trainer.strategy=fsdp", ["'fsdp'", "auto, ddp"]),
+        ("trainer.strategy=dp", ["'dp'", "auto, ddp", "deepspeed-3"]),
         ("compare.arms=[scrach]", ["'scrach' (did you mean scratch?)"]),
         ("prompt.template=hello", ["<image> exactly once"]),
         ("data.train=openmoji", ["the text 'openmoji'", "a list"]),
