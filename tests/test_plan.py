@@ -1,5 +1,6 @@
 """Planning: memory on shapes, what strategies change, what is refused."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpgtrans import runs, short_attention
+from vpgtrans.cli.plan import _totals
 from vpgtrans.errors import DataError, UserError
-from vpgtrans.gpus import GPUS
+from vpgtrans.gpus import GPUS, parse_gpus
 from vpgtrans.plan.ledger import Ledger
 from vpgtrans.plan.memory import GPU, Standing, memory, moments_of
 from vpgtrans.plan.samples import Lengths
 from vpgtrans.plan.skeleton import Rows
 from vpgtrans.plan.trace import Passes
 from vpgtrans.recipe import parse_recipe
-from vpgtrans.runs.plan import parse_gpus
 
 VIT = {
     "model_type": "vit", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -57,7 +58,12 @@ def keys(home: Path, **changes: Any) -> dict[str, Any]:
 
 def planned(home: Path, gpus: str = "8xA100-40GB", **changes: Any) -> dict[tuple[str, str], dict[str, Any]]:
     """Stage and strategy -> row."""
-    rows = runs.plan(parse_recipe(keys(home, **changes)), [gpus])
+    return _planned(json.dumps(keys(home, **changes)), gpus)
+
+
+@functools.cache
+def _planned(recipe: str, gpus: str) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = runs.plan(parse_recipe(json.loads(recipe)), [gpus])
     return {(row["stage"], row["strategy"]): row for row in rows}
 
 
@@ -101,7 +107,8 @@ def test_strategies_share_what_they_say(home: Path) -> None:
 
 def test_what_fits_training_into_memory_shows(home: Path) -> None:
     def part(name: str, **trainer: Any) -> int:
-        row = planned(home, "A100-40GB", trainer={"precision": "bf16-true", **trainer})["finetune", "single"]
+        trainer = {"precision": "bf16-true", **trainer}
+        row = planned(home, "A100-40GB", stages=keys(home)["stages"][1:], trainer=trainer)["finetune", "single"]
         return int(row["memory_bytes"][name])
 
     assert part("activations", gradient_checkpointing=True) < part("activations")
@@ -116,8 +123,9 @@ def test_moments_in_eight_bits() -> None:
 
 def test_packs_are_planned_by_their_row(home: Path) -> None:
     data = keys(home)["data"]
-    small = planned(home, data={**data, "packing": {"max_tokens": 64}})["finetune", "single"]
-    large = planned(home, data={**data, "packing": {"max_tokens": 256}})["finetune", "single"]
+    tune = {"stages": keys(home)["stages"][1:]}
+    small = planned(home, data={**data, "packing": {"max_tokens": 64}}, **tune)["finetune", "single"]
+    large = planned(home, data={**data, "packing": {"max_tokens": 256}}, **tune)["finetune", "single"]
     assert small["pack_tokens"] == 64
     assert small["memory_bytes"]["activations"] < large["memory_bytes"]["activations"]
     with pytest.raises(DataError, match=r"data.packing.max_tokens: 3 is less than a sample has"):
@@ -126,7 +134,7 @@ def test_packs_are_planned_by_their_row(home: Path) -> None:
 
 def test_lengths_are_assumed_where_data_is_elsewhere(home: Path) -> None:
     far = [{"dataset": "hf:some/where"}]
-    row = planned(home, data={"train": far, "validation": far})["warmup", "single"]
+    row = planned(home, data={"train": far, "validation": far}, stages=keys(home)["stages"][:1])["warmup", "single"]
     assert row["lengths"] == "assumed: 32 answer tokens behind 4 visual ones"
 
 
@@ -139,11 +147,13 @@ def test_planning_leaves_nothing_behind_that_holds_no_numbers(home: Path) -> Non
 
 
 def test_less_memory_means_smaller_micro_batches_and_then_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = planned(home, "A100-40GB")["finetune", "single"]
+    tune = keys(home)["stages"][1:]
+    row = planned(home, "A100-40GB", stages=tune)["finetune", "single"]
     for room, fits in ((row["total_bytes"] - 1, True), (1000, False)):
         gpu = type(GPUS["L4"])(**{**vars(GPUS["L4"]), "memory": float(room)})
         monkeypatch.setitem(GPUS, "L4", gpu)
-        found = planned(home, "L4")["finetune", "single"]
+        _planned.cache_clear()
+        found = planned(home, "L4", stages=tune)["finetune", "single"]
         assert found["fits"] is fits
         assert found["largest"] < row["largest"]
     assert not found["cheapest"]
@@ -172,6 +182,9 @@ def test_rows_take_the_longest_sample() -> None:
         ("8xA10O-40GB", r"'A10O-40GB' is unknown; did you mean A100-40GB\?"),
         ("8 A100", "right would be a number and a type"),
         ("0xL4", "right would be a number and a type"),
+        ("00xL4", "right would be a number and a type"),
+        ("99999999999xL4", "right would be a number and a type"),
+        ("8xA100", r"did you mean A100-40GB or A100-80GB\?"),
         ("2xcpu", "this machine, of which there is one"),
     ],
 )
@@ -198,6 +211,31 @@ def test_the_command(home: Path) -> None:
     assert {"strategy", "fits", "memory_bytes", "hours", "cost"} <= set(rows[0])
     assert [row["gpus"] for row in rows] == ["1xL4", "1xH200"] * 2
     assert rows[0]["cost"] == pytest.approx(2 * rows[0]["hours"])
-    shown = invoke("plan", str(path), "--gpus", "2xA100-40GB").stdout
-    assert "micro batch" in shown or "micro-batch" in shown
-    assert "cheapest that fits" in shown
+    shown = invoke("plan", str(path), "stages.warmup.batch_size=1", "--gpus", "2xA100-40GB").stdout
+    assert "micro-batch" in shown
+    assert "cheapest that fits every stage, 1xA100-40GB single:" in shown
+    # what doesn't fit says why, once for all strategies
+    assert shown.count("2xA100-40GB deepspeed-3: stage warmup: batch_size 1 is for all devices together") == 1
+
+
+def test_what_a_run_would_refuse_does_not_fit(home: Path) -> None:
+    rows = planned(home, "2xA100-40GB", trainer={"precision": "bf16-mixed", "optimizer": "adamw-8bit"})
+    own = {strategy: row for (stage, strategy), row in rows.items() if stage == "finetune"}
+    assert {strategy for strategy, row in own.items() if row["fits"]} == {"single", "ddp"}
+    assert "trainer.strategy: fsdp needs trainer.optimizer: adamw" in own["fsdp"]["note"]
+    assert "trainer.strategy: deepspeed-2 would cast what trains to bf16" in own["deepspeed-2"]["note"]
+
+
+def test_a_run_has_one_strategy_for_all_stages() -> None:
+    def row(stage: str, strategy: str, cost: float | None, *, fits: bool = True) -> dict[str, Any]:
+        return {
+            "stage": stage, "gpus": "2xL4", "strategy": strategy, "cost": cost, "hours": 1.5, "gpu_hours": 3.0,
+            "fits": fits,
+        }  # fmt: skip
+
+    rows = [row("a", "ddp", 1.0), row("a", "fsdp", 3.0), row("b", "ddp", 1.0, fits=False), row("b", "fsdp", 3.0)]
+    assert _totals(rows) == ["cheapest that fits every stage, 2xL4 fsdp: 3 h 00 min, 6.00 GPU-hours, 6.00 USD"]
+    assert _totals([row("a", "ddp", 1.0, fits=False)])[0].startswith("nothing fits every stage")
+    assert _totals([row("a", "single", None)]) == [
+        "all stages on 2xL4 single: 1 h 30 min"
+    ]  # of a CPU no price is known

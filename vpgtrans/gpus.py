@@ -6,6 +6,7 @@ the memory and, one way, of the link to the other GPUs of a machine: NVLink wher
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from vpgtrans.errors import UserError
@@ -83,9 +84,44 @@ def find_gpu(name: str) -> Gpu:
     by_case = {known.casefold(): gpu for known, gpu in GPUS.items()}
     if (found := by_case.get(name.casefold())) is not None:
         return found
-    close = difflib.get_close_matches(name.casefold(), by_case, n=1)
-    meant = f"; did you mean {by_case[close[0]].name}?" if close else "."
+    begun = [key for key in by_case if key.startswith(f"{name.casefold()}-")]
+    close = begun or difflib.get_close_matches(name.casefold(), by_case, n=1)
+    meant = f"; did you mean {' or '.join(by_case[key].name for key in close)}?" if close else "."
     raise UserError(f"GPU type {name!r} is unknown{meant} Known types: {', '.join(GPUS)}")
+
+
+@dataclass(frozen=True)
+class Rented:
+    """So many GPUs of a type in each of some machines; a type of None is the CPU here."""
+
+    count: int
+    gpu: Gpu | None
+    nodes: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name if self.gpu else "cpu"
+
+    @property
+    def devices(self) -> int:
+        return self.count * self.nodes
+
+
+def parse_gpus(text: str, *, nodes: int = 1) -> Rented:
+    """`8xA100-40GB`, `A100-40GB` or `cpu`.
+
+    Raises:
+        UserError: it is none of these, or no such type is known.
+    """
+    found = re.fullmatch(r"(?:(\d{1,6})\s*[x×X*]\s*)?([A-Za-z].*)", text.strip())
+    if found is None or int(found[1] or 1) == 0:
+        raise UserError(f"--gpus {text}: right would be a number and a type such as 8xA100-40GB, or cpu")
+    count, name = int(found[1] or 1), found[2]
+    if name.casefold() == "cpu":
+        if count * nodes > 1:
+            raise UserError(f"--gpus {text}: cpu is this machine, of which there is one; right would be cpu")
+        return Rented(1, None)
+    return Rented(count, find_gpu(name), nodes)
 
 
 def of_device(index: int) -> Gpu | None:

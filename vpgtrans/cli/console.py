@@ -24,6 +24,7 @@ NOISY = (
     "datasets",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "matplotlib",
     "PIL",
     "torch",

@@ -8,6 +8,7 @@ import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.options import Examples, json_option, read_recipe, recipe_arguments
+from vpgtrans.gpus import GPUS, parse_gpus
 
 _ALL = "all"
 
@@ -59,31 +60,38 @@ def command(
     """
     if gpus is None and sweep is None:
         raise click.UsageError("--gpus N×TYPE says what to plan for, such as --gpus 8xA100-40GB.")
+    wanted = _wanted(gpus, sweep, nodes=nodes)
     checked = read_recipe(recipe, overrides)
     with console.loading():
         from vpgtrans import runs
-        from vpgtrans.gpus import GPUS
-        from vpgtrans.runs.plan import parse_gpus
-    wanted = [gpus] if gpus is not None else []
-    if sweep is not None:
-        count = parse_gpus(gpus).count if gpus is not None else 1
-        wanted += [f"{count}x{name.strip()}" for name in (list(GPUS) if sweep == _ALL else sweep.split(","))]
-    found = runs.plan(checked, list(dict.fromkeys(wanted)), nodes=nodes, price=price, text_tokens=text_tokens)
+    found = runs.plan(checked, wanted, nodes=nodes, price=price, text_tokens=text_tokens)
     if as_json:
         console.print_json(found)
         return
     for stage in checked.stages:
         own = [row for row in found if row["stage"] == stage.name]
         console.print_rows([_shown(row) for row in own], title=f"{stage.name}: {own[0]['lengths']}")
-        for row in own:
-            if row["note"] and row["fits"]:
-                console.print_line(f"{row['gpus']}, {row['strategy']}: {row['note']}")
+        for note in dict.fromkeys(row["note"] for row in own if row["note"]):
+            ways = (f"{row['gpus']} {row['strategy']}" for row in own if row["note"] == note)
+            console.print_line(f"{', '.join(ways)}: {note}")
     for line in _totals(found):
         console.print_line(line)
 
 
+def _wanted(gpus: str | None, sweep: str | None, *, nodes: int) -> list[str]:
+    """What to plan for, each once; UserError for what is unknown, before any library is loaded."""
+    rented = [parse_gpus(gpus, nodes=nodes)] if gpus is not None else []
+    if sweep is not None:
+        count = rented[0].count if rented else 1
+        names = list(GPUS) if sweep == _ALL else [name.strip() for name in sweep.split(",")]
+        rented += [parse_gpus(f"{count}x{name}", nodes=nodes) for name in names]
+    return list(dict.fromkeys(f"{each.count}x{each.name}" for each in rented))
+
+
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table: memory in GB, and the cheapest marked."""
+    from vpgtrans.progress import duration
+
     parts = {
         name: f"{row['memory_bytes'].get(name, 0) / 1e9:.2f}"
         for name in ("weights", "gradients", "optimizer", "activations", "logits")
@@ -101,15 +109,31 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "largest": row["largest"],
         "samples/s": row["samples_per_second"],
         "tokens/s": row["tokens_per_second"],
-        "hours": row["hours"],
-        "USD": row["cost"],
+        "time": duration(row["hours"] * 3600),
+        "USD": None if row["cost"] is None else f"{row['cost']:,.2f}",
     }
 
 
 def _totals(rows: list[dict[str, Any]]) -> list[str]:
-    """What all stages take together where each has what is cheapest for it."""
-    best = [row for row in rows if row["cheapest"]]
-    if len(best) < len({row["stage"] for row in rows}):
-        return ["no strategy fits every stage: see `largest`, trainer.gradient_checkpointing, target.quantise, LoRA"]
-    hours, spent = sum(row["gpu_hours"] for row in best), sum(row["cost"] for row in best)
-    return [f"* cheapest that fits: {hours:,.1f} GPU-hours, {spent:,.2f} USD in all"]
+    """What all stages take together on the same GPUs under the same strategy, as a run trains them."""
+    from vpgtrans.progress import duration
+
+    ways: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        ways.setdefault((row["gpus"], row["strategy"]), []).append(row)
+    whole = {way: of for way, of in ways.items() if all(row["fits"] for row in of)}
+    if not whole:
+        return ["nothing fits every stage: see `largest`, trainer.gradient_checkpointing, target.quantise, LoRA"]
+
+    def bill(way: tuple[str, str]) -> tuple[float, float]:
+        of = whole[way]
+        return sum(row["cost"] or 0.0 for row in of), sum(row["hours"] for row in of)
+
+    priced = [way for way in whole if whole[way][0]["cost"] is not None]
+    best = min(priced or whole, key=bill)
+    spent, hours = bill(best)
+    said = f"{' '.join(best)}: {duration(hours * 3600)}"
+    if not priced:
+        return [f"all stages on {said}"]
+    gpu_hours = sum(row["gpu_hours"] for row in whole[best])
+    return [f"cheapest that fits every stage, {said}, {gpu_hours:,.2f} GPU-hours, {spent:,.2f} USD"]

@@ -18,12 +18,11 @@ class Load:
     """What an update asks of one device.
 
     Attributes:
-        flops: products. passes: micro-batches. backward: whether weights are read a second time.
+        flops: products. passes: micro-batches, each of which reads the weights forward and backward.
     """
 
     flops: float
     passes: int
-    backward: bool = True
 
 
 def seconds(
@@ -41,7 +40,7 @@ def seconds(
     Products overlap neither with the exchange of gradients, which comes after the last one, nor with the optimizer;
     weights that are gathered from other devices travel while the block before them is at work.
     """
-    readings = load.passes * (2 if load.backward else 1)
+    readings = 2 * load.passes
     work = max(load.flops / (peak * UTILISATION), readings * standing.weights / gpu.bandwidth)
     share = 1 if strategy == "single" else devices
     link = gpu.link if nodes == 1 else min(gpu.link, BETWEEN_NODES)

@@ -34,10 +34,6 @@ class Passes:
     logits: int
     gradients: int
 
-    @property
-    def total(self) -> int:
-        return self.activations + self.logits + self.gradients
-
 
 class Trace:
     """One stage of a skeleton, ready to run on shapes. The skeleton is its own from then on."""

@@ -2,10 +2,9 @@
 
 import logging
 import math
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from vpgtrans.config import ProjectorConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.doctor import cpu_has_bf16
-from vpgtrans.errors import DataError, ReferenceError_, UserError
+from vpgtrans.errors import DataError, RecipeError, ReferenceError_, UserError
 from vpgtrans.flops import StageFlops
-from vpgtrans.gpus import GPUS, Gpu, find_gpu
+from vpgtrans.gpus import Gpu, Rented, parse_gpus
 from vpgtrans.isolation import Isolation
 from vpgtrans.llm import open_config
 from vpgtrans.plan.memory import CPU, GPU, STRATEGIES, Machine, Memory, Standing, Strategy, memory
@@ -28,6 +27,7 @@ from vpgtrans.recipe import Recipe
 from vpgtrans.runs.data import open_prompters
 from vpgtrans.runs.parts import outline_of
 from vpgtrans.training.config import Stage
+from vpgtrans.training.devices import check_batch, check_sharing
 from vpgtrans.training.fit import boundary
 from vpgtrans.training.fitting import checkpoints
 from vpgtrans.vision.importers import Outline
@@ -36,40 +36,6 @@ from vpgtrans.vision.vpg import AT_ONCE
 _LOGGER = logging.getLogger(__name__)
 _CACHED_AT_ONCE, _VALIDATED_AT_ONCE = 16, 32
 """Images that a cache is filled with at a time, and samples of a validation's batch."""
-
-
-@dataclass(frozen=True)
-class Rented:
-    """So many GPUs of a type in each of some machines; a type of None is the CPU here."""
-
-    count: int
-    gpu: Gpu | None
-    nodes: int = 1
-
-    @property
-    def name(self) -> str:
-        return self.gpu.name if self.gpu else "cpu"
-
-    @property
-    def devices(self) -> int:
-        return self.count * self.nodes
-
-
-def parse_gpus(text: str, *, nodes: int = 1) -> Rented:
-    """`8xA100-40GB`, `A100-40GB` or `cpu`.
-
-    Raises:
-        UserError: it is none of these, or no such type is known.
-    """
-    found = re.fullmatch(r"(?:(\d+)\s*[x×X*]\s*)?([A-Za-z].*)", text.strip())
-    if found is None or found[1] == "0":
-        raise UserError(f"--gpus {text}: right would be a number and a type such as 8xA100-40GB, or cpu")
-    count, name = int(found[1] or 1), found[2]
-    if name.casefold() == "cpu":
-        if count * nodes > 1:
-            raise UserError(f"--gpus {text}: cpu is this machine, of which there is one; right would be cpu")
-        return Rented(1, None)
-    return Rented(count, find_gpu(name), nodes)
 
 
 def plan(
@@ -116,13 +82,15 @@ def _lacking(recipe: Recipe, where: Rented) -> str | None:
     return None
 
 
-def _refused(recipe: Recipe, strategy: Strategy) -> str | None:
-    """What of the recipe a strategy that splits tensors can't do."""
-    packed = [f"target.quantise: {recipe.target.quantise}"] if recipe.target.quantise else []
-    packed += [f"trainer.optimizer: {recipe.trainer.optimizer}"] if recipe.trainer.optimizer != "adamw" else []
-    if not packed or strategy in ("single", "ddp"):
-        return None
-    return f"{' and '.join(packed)} takes tensors whole, and {strategy} splits them"
+def _refused(recipe: Recipe, stage: Stage, strategy: Strategy, devices: int) -> str | None:
+    """Why a run would refuse to train this stage so, in its own words."""
+    trainer = recipe.trainer.model_copy(update={"strategy": "auto" if strategy == "single" else strategy})
+    try:
+        check_sharing(recipe.model_copy(update={"trainer": trainer}))
+        check_batch(stage.name, stage.batch_size, devices)
+    except RecipeError as error:
+        return str(error)
+    return None
 
 
 class _Known:
@@ -270,7 +238,7 @@ def _row(
         rest = {"validation": shapes.validation, "images": shapes.images}
         return memory(shapes.standing, step=passes, strategy=strategy, devices=devices, machine=machine, **rest)
 
-    lacks = lacks or _refused(shapes.recipe, strategy)
+    lacks = lacks or _refused(shapes.recipe, stage, strategy, devices)
     note = lacks
     if packing is not None:
         per_pack = lengths.samples_per_pack(packing, stage.batch_size)
@@ -289,7 +257,7 @@ def _row(
             note = f"micro_batch_size: {size} in place of {stated}"
         passes_of_update = math.ceil(share / size)
         found = at(shapes.step(size), several=passes_of_update > 1)
-    fits = found.total <= gpu.memory and lacks is None and devices <= stage.batch_size
+    fits = found.total <= gpu.memory and lacks is None
     time_of = _time(shapes, strategy, where, gpu, devices=devices, passes=passes_of_update, peak=peak)
     hours = time_of["seconds"] / 3600
     cost_of_hour = price if price is not None else gpu.price
@@ -349,8 +317,8 @@ def _time(
     rate = peak * UTILISATION * devices
     distinct = min(samples, lengths.count or samples) if shapes.cached else 0
     once = distinct * float(lengths.pieces.mean()) * shapes.forward.encoder / rate
-    every = stage.validate_every or math.ceil(samples / 10)
-    times = samples // every + 1
+    every = stage.validate_every or math.ceil(updates / 10) * stage.batch_size
+    times = 1 + math.ceil(updates / max(1, round(every / stage.batch_size)))  # one before the first update
     held_out = shapes.forward.update(
         lengths=batch.lengths, targets=batch.targets, images=batch.pieces, encoded=0 if shapes.cached else batch.pieces
     )
@@ -370,8 +338,3 @@ def _batch(shapes: _Shapes, size: int) -> Rows:
         drawn += drawn[: size - len(drawn)]
     scale = len(drawn)
     return Rows(drawn, round(float(lengths.targets.mean()) * scale), round(float(lengths.pieces.mean()) * scale))
-
-
-def all_types(count: int) -> list[str]:
-    """Every type known, so many of each."""
-    return [f"{count}x{name}" for name in GPUS]
