@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,31 @@ def test_before_and_after_the_stages(run: Path) -> None:
     assert view(run).state == "evaluating"
     alive(run, updates={"warmup": 20, "finetune": 20})
     assert [stage.stopped_early for stage in view(run).stages] == [True, False]
+
+
+WRONG = ("null", "[]", "{}", '"x"', "true", "-1", "NaN", "1e400", "\udcff")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "status.json", "summary.json", "trainable.json"])
+def test_damaged_files_are_shown_as_far_as_they_go(run: Path, name: str) -> None:
+    (run / "summary.json").write_text(json.dumps({"stages": [{"name": "warmup"}]}))
+    (run / "trainable.json").write_text(json.dumps([{"stage": "warmup", "lr": 0.1}]))
+    whole = (run / name).read_text()
+    values = list(re.finditer(r"(?<=: )(\"[^\"]*\"|\[.*\]|\{[^{}]*\}|[\w.+-]+)", whole))[:24]
+    assert values
+    for value in values:
+        for wrong in WRONG:
+            damaged = whole[: value.start()] + wrong + whole[value.end() :]
+            (run / name).write_bytes(damaged.encode(errors="surrogateescape"))
+            assert view(run).path in str(run)
+            shown(run)
+
+
+def test_a_validation_without_a_number_is_on_no_curve(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("\n" + json.dumps(line("warmup", 8, val_loss=None)) + "\n")
+    assert view(run).validation == [(0, 5.0), (20, 4.0)]
+    assert "validation" in shown(run)
 
 
 def test_an_empty_place_and_no_terminal(run: Path, tmp_path: Path) -> None:

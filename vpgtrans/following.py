@@ -17,6 +17,8 @@ QUIET = 10.0
 """A run is stalled when it has said nothing for so many times as long as it usually takes between two lines …"""
 LEAST_QUIET = 120.0
 """… but not before so many seconds."""
+_PLACE = ("update", "samples", "seconds")
+"""Of every line of the log."""
 
 
 @dataclass
@@ -118,7 +120,7 @@ def _state(found: RunView, run: Path, said: dict[str, Any], lines: Sequence[dict
 
 def _usual(lines: Sequence[dict[str, Any]]) -> float:
     """Seconds between two lines, of the slower ones: a validation's among them."""
-    times = [float(line["seconds"]) for line in lines[-50:] if "seconds" in line]
+    times = [float(line["seconds"]) for line in lines[-50:]]
     gaps = sorted(b - a for a, b in pairwise(times) if b >= a)
     return gaps[int(0.9 * (len(gaps) - 1))] if gaps else 0.0
 
@@ -126,14 +128,18 @@ def _usual(lines: Sequence[dict[str, Any]]) -> float:
 def _stages(
     found: RunView, recipe: dict[str, Any], lines: Sequence[dict[str, Any]], said: dict[str, Any], run: Path
 ) -> None:
-    names = [stage.get("name", "?") for stage in recipe.get("stages") or []]
+    names = list(_budgets(recipe))
     names = [*names, *dict.fromkeys(line["stage"] for line in lines if line["stage"] not in names)]
     if run.name != Path(found.path).name:  # an arm may have fewer
         names = [name for name in names if any(line["stage"] == name for line in lines)]
-    lengths: dict[str, Any] = said.get("updates") or {}
-    summary = _object(run / "summary.json").get("stages") or []
-    finished = {stage["name"]: stage for stage in summary if isinstance(stage, dict) and "name" in stage}
-    rates = {row.get("stage"): row["lr"] for row in _rows(run / "trainable.json") if row.get("lr") is not None}
+    lengths = {name: count for name, count in said.get("updates", {}).items() if isinstance(count, int)}
+    summary = _object(run / "summary.json").get("stages")
+    finished = {
+        stage["name"]
+        for stage in (summary if isinstance(summary, list) else [])
+        if isinstance(stage, dict) and isinstance(stage.get("name"), str)
+    }
+    rates = {str(row.get("stage")): row["lr"] for row in _rows(run / "trainable.json") if row.get("lr") is not None}
     for name in names:
         own = [line for line in lines if line["stage"] == name]
         losses = [line["val_loss"] for line in own if _number(line.get("val_loss"))]
@@ -152,27 +158,29 @@ def _stages(
 
 def _losses(found: RunView, lines: Sequence[dict[str, Any]]) -> None:
     for line in lines:
-        if "val_loss" in line:
+        if _number(line.get("val_loss")):
             found.validation.append((line["samples"], line["val_loss"]))
         elif _number(line.get("loss")):
             found.train.append((line["samples"], line["loss"]))
-            found.last = line
+            found.last = {
+                key: value for key, value in line.items() if value is None or _number(value) or key == "stage"
+            }
         elif "skipped" in line:
             found.skipped.append({key: line.get(key) for key in ("stage", "update", "skipped", "ids")})
-    found.seconds = lines[-1].get("seconds") if lines else None
+    found.seconds = lines[-1]["seconds"] if lines else None
 
 
 def _time_left(found: RunView, lines: Sequence[dict[str, Any]], recipe: dict[str, Any]) -> None:
     """By the pace of the stage under way, its validations included; later stages are taken to go at the same pace."""
     stage = next((stage for stage in found.stages if stage.name == found.stage), None)
     own = [line for line in lines if stage is not None and line["stage"] == stage.name]
-    if stage is None or stage.updates is None or len(own) < 2 or not stage.samples:
+    if stage is None or stage.updates is None or len(own) < 2 or not (stage.samples and stage.done):
         return
     took = own[-1]["seconds"] - own[0]["seconds"]
     if took <= 0:
         return
     found.left = took / stage.done * (stage.updates - stage.done)
-    budgets = {each.get("name"): (each.get("budget") or {}).get("samples") for each in recipe.get("stages") or []}
+    budgets = _budgets(recipe)
     later = [budgets.get(each.name) for each in found.stages[found.stages.index(stage) + 1 :]]
     samples = [budget for budget in later if budget is not None]
     if len(samples) == len(later):
@@ -191,16 +199,27 @@ def _recipe(run: Path) -> dict[str, Any]:
 
     try:
         recipe = YAML(typ="safe", pure=True).load((run / "recipe.yaml").read_text())
-    except (OSError, YAMLError):
+    except (OSError, ValueError, YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
 
 
+def _budgets(recipe: dict[str, Any]) -> dict[str, float | None]:
+    """Name -> samples of every stage; None where it is counted otherwise."""
+    stages, found = recipe.get("stages"), {}
+    for stage in stages if isinstance(stages, list) else []:
+        if isinstance(stage, dict) and isinstance(stage.get("name"), str):
+            budget = stage.get("budget")
+            samples = budget.get("samples") if isinstance(budget, dict) else None
+            found[stage["name"]] = samples if _number(samples) else None
+    return found
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last one may be half written."""
+    """Whole lines; the last one may be half written, and any may be damaged."""
     found = []
     try:
-        texts = path.read_text().splitlines()
+        texts = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
     for text in texts:
@@ -208,7 +227,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and {"stage", "update", "samples"} <= line.keys():
+        if (
+            isinstance(line, dict)
+            and isinstance(line.get("stage"), str)
+            and all(_number(line.get(key)) for key in _PLACE)
+        ):
             found.append(line)
     return found
 

@@ -75,13 +75,20 @@ class Status:
                 self.say()
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "state": str, "host": str, "pid": int, "time": (int, float), "updates": dict, "message": str,
+}  # fmt: skip
+
+
 def read_status(directory: Path) -> dict[str, Any]:
-    """What `status.json` says; empty where there is none, or half of one."""
+    """What `status.json` says; empty where there is none, or half of one. What is damaged in it is left out."""
     try:
         said = json.loads((directory / FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    if not isinstance(said, dict):
+        return {}
+    return {key: value for key, value in said.items() if isinstance(value, _KINDS.get(key, object))}
 
 
 def works(said: dict[str, Any], *, now: float) -> bool:
@@ -89,12 +96,12 @@ def works(said: dict[str, Any], *, now: float) -> bool:
     if said.get("state") != "running":
         return False
     if said.get("host") != socket.gethostname():
-        return now - float(said.get("time", 0)) < SILENT
+        return now - said.get("time", 0.0) < SILENT
     try:
-        os.kill(int(said["pid"]), 0)
-    except (ProcessLookupError, KeyError, ValueError):
+        os.kill(said["pid"], 0)
+    except (ProcessLookupError, KeyError, OverflowError):
         return False
     except PermissionError:
         return True
     # Another process may have its number by now; then nobody writes.
-    return now - float(said.get("time", 0)) < 10 * SILENT
+    return now - said.get("time", 0.0) < 10 * SILENT
