@@ -101,15 +101,16 @@ def file_sha256(path: str | Path) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest_of_stat(path: str, _size: int, _mtime_ns: int, algorithm: str) -> bytes:
+def _digest_of_stat(path: str, _state: tuple[int, ...], algorithm: str) -> bytes:
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, algorithm).digest()
 
 
 def digest(path: Path, algorithm: str = "sha256") -> bytes:
-    """Digest of a file; a file whose size and time are as before is read once per process."""
+    """Digest of a file; a file whose size and times are as before is read once per process."""
     stat = path.stat()
-    return _digest_of_stat(str(path), stat.st_size, stat.st_mtime_ns, algorithm)
+    # A program may set the time of a change back, as rsync does, but not that of its entry on the disk.
+    return _digest_of_stat(str(path), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino), algorithm)
 
 
 # --- resolving ----------------------------------------------------------------------------------
