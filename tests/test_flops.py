@@ -47,6 +47,8 @@ def build(
 def counted(vlm: VLM, *, images: int = 2) -> tuple[int, int, int]:
     """Torch's count of an update of `images` captions; tokens of each, and targets of all."""
     encoded = vlm.splice.prompter.encode(CAPTION)
+    with torch.no_grad():  # the first one measures what the family does behind its head
+        vlm.splice.token_nll(torch.zeros(1, vlm.vpg.tokens, vlm.llm.width), [encoded])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         prompts = vlm.prompts_from(vlm.vpg(torch.rand(images, 3, SIDE, SIDE)))
         nll, _ = vlm.splice.token_nll(prompts, [encoded] * images)
