@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Before torch is imported: test machines have few cores, and results must not depend on how many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# pytest-xdist sets 80 in its processes; tables are to be as wide as where nobody says so.
+os.environ.pop("COLUMNS", None)
 
 # The same examples every time: a failure is one that the next person sees, too.
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
