@@ -2,6 +2,7 @@
 
     python benchmarks/step.py            # about 4 minutes on two idle cores
     python benchmarks/step.py --quick    # to try it
+    python benchmarks/step.py --same-loss --output FILE    # the bare loop with our loss, too
 
 The quickstart's parts (SmolLM2's VPG, Gemma 3 270M) and its two stages, padded and packed:
 
@@ -13,6 +14,10 @@ bare    the same batches as tensors that are ready, the same modules; forward, l
 Both train in one process, an update each in turn, on copies of the same weights; a pair is one batch. Given are the
 median of the pairs' ratios (bare's seconds ÷ ours: samples a second of ours over bare's) with a bootstrap interval of
 95 %, and how far the two losses ever are apart. Run it on an idle machine: it measures wall seconds.
+
+The bare loop takes its loss from all logits, ours a few rows at a time (`token_loss.head_nll`), which rounds the bf16
+gradient at another place; a large learning rate carries that far within a few updates. `--same-loss` gives both the
+same: then the weights are equal to the last bit, so that nothing else differs.
 Writes benchmarks/results/step.json.
 """
 
@@ -41,7 +46,7 @@ from vpgtrans.recipe import Recipe, load_recipe
 from vpgtrans.runs.parts import flushed_denormals, source_of
 from vpgtrans.runs.start import begin, prepare
 from vpgtrans.segments import Segments
-from vpgtrans.token_loss import token_nll
+from vpgtrans.token_loss import After, head_nll, token_nll
 from vpgtrans.training.checkpoints import Progress
 from vpgtrans.training.config import Stage
 from vpgtrans.training.fit import StageRun
@@ -107,9 +112,9 @@ def ready(batch: Batch) -> list[Ready]:
 class Bare:
     """A VLM, its optimizer, and nothing else."""
 
-    def __init__(self, vlm: VLM, stage: Stage, level: str):
+    def __init__(self, vlm: VLM, stage: Stage, level: str, *, same_loss: bool):
         """level: of what the batches hold, `tokens` or `patches`."""
-        self.vlm, self.clip = vlm, stage.clip
+        self.vlm, self.clip, self.same_loss = vlm, stage.clip, same_loss
         self.connector: Callable[[Tensor], Tensor] = vlm.vpg.connector if level == "patches" else nn.Identity()
         model = vlm.llm.model
         self.head = model.get_output_embeddings()
@@ -134,7 +139,7 @@ class Bare:
             prompts = self.vlm.projector(self.connector(part.inputs.float()))
             words = self.vlm.llm.embed(part.tokens)
             embeddings = words.masked_scatter(part.visual, prompts.to(words.dtype))
-            nll = token_nll(self.logits(embeddings, part), part.targets).sum() / terms
+            nll = self.nll(self.hidden(embeddings, part), part.targets).sum() / terms
             nll.backward()
             loss += nll.item()
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -142,14 +147,20 @@ class Bare:
         self.optimizer.zero_grad()
         return loss
 
-    def logits(self, embeddings: Tensor, part: Ready) -> Tensor:
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.same_loss:
+            return head_nll(hidden, self.head.weight, self.head.bias, targets, After())
+        return token_nll(self.head(hidden), targets)
+
+    def hidden(self, embeddings: Tensor, part: Ready) -> Tensor:
+        """What the head takes, of the positions that predict."""
         if part.segments is None:
             hidden = self.body(inputs_embeds=embeddings, attention_mask=part.mask, use_cache=False)
         else:
             isolation = self.vlm.splice.isolation
             assert isolation is not None
             hidden = isolation.run(self.body, embeddings, part.segments)
-        return self.head(hidden.last_hidden_state[part.predicts])
+        return hidden.last_hidden_state[part.predicts]
 
 
 # --- both in turn ---------------------------------------------------------------------------------
@@ -167,7 +178,7 @@ class Cell:
     """How far a weight of one side was at most from the other's, after any update."""
 
 
-def alternate(vlm: VLM, recipe: Recipe, index: int, *, features: Path | None = None) -> Cell:
+def alternate(vlm: VLM, recipe: Recipe, index: int, *, features: Path | None = None, same_loss: bool = False) -> Cell:
     """A stage our way, with an update of the bare loop after each of its own."""
     stage = recipe.stages[index]
     log = Timeline()
@@ -190,7 +201,8 @@ def alternate(vlm: VLM, recipe: Recipe, index: int, *, features: Path | None = N
         features=features,
     )
     other.splice.isolation = vlm.splice.isolation
-    bare, cell = Bare(other, stage, run.module.front.level), Cell([], [], [], [])
+    bare = Bare(other, stage, run.module.front.level, same_loss=same_loss)
+    cell = Cell([], [], [], [])
     ours, resumed = run.module.training_step, (0.0, 0.0)
 
     def step(batch: Batch, batch_idx: int) -> None:
@@ -295,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few updates of each")
     parser.add_argument("--only", choices=[f"{stage} {rows}" for stage in UPDATES for rows in ("padded", "packed")])
+    parser.add_argument("--same-loss", action="store_true", help="the bare loop takes its loss as ours does")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     updates = dict.fromkeys(UPDATES, 3) if arguments.quick else UPDATES
@@ -312,7 +325,8 @@ def main() -> None:
                 name = f"{stage.name} {rows}"
                 if arguments.only not in (None, name):
                     continue
-                report["cells"][name] = found = summarise(alternate(copy.deepcopy(vlm), recipe, index))
+                cell = alternate(copy.deepcopy(vlm), recipe, index, same_loss=arguments.same_loss)
+                report["cells"][name] = found = summarise(cell)
                 print(line(stage.name, rows, found), flush=True)
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
