@@ -171,7 +171,7 @@ def predicted(case: Case) -> Memory:
     vlm = skeleton(vpg, ProjectorConfig(), llm_config(case.llm), dtype=case.torch_dtype)
     trace = Trace(vlm, case.stage, level=level, isolation=Isolation("blocks"), trainer=case.config)
     updates = [list(rows_of(case, update)) for update in range(UPDATES)]
-    step = max((trace.training(rows[:2]) for rows in updates), key=lambda passes: passes.total)
+    step = max((trace.training(rows[:2]) for rows in updates), key=lambda passes: passes.activations + passes.logits)
     nothing = Passes(0, 0, 0)
     return memory(
         Standing.of(vlm, case.config),
