@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt demo-models.txt
 quickstart: $(STAMP) ## the main job: give Gemma 3 270M the eyes of SmolLM2 135M (minutes, 2 cores)
 	$(BIN)/vpgtrans transfer recipes/quickstart.yaml --output runs/quickstart --overwrite
 
-# Two processes of one thread each: on two cores they take two thirds of the time that one of two threads does.
+# Two processes of one thread each: tiny models gain little from a second thread.
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 

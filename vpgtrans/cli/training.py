@@ -10,6 +10,7 @@ import click
 from vpgtrans.cli import console
 from vpgtrans.cli.options import check_output, device_option, json_option, output_options, read_recipe, recipe_arguments
 from vpgtrans.processes import first_process
+from vpgtrans.progress import duration
 
 SAMPLES_SHOWN = 6
 
@@ -61,7 +62,7 @@ def show(path: Path, *, as_json: bool, dry_run: bool) -> None:
         return
     console.print_pairs(_readable(summary), title=f"run {path}")
     stages = [
-        {key: stage.get(key) for key in _STAGE} | {"time": _time(stage["seconds"])} for stage in summary["stages"]
+        {key: stage.get(key) for key in _STAGE} | {"time": duration(stage["seconds"])} for stage in summary["stages"]
     ]
     console.print_rows(stages, title="stages")
     samples = [row for row in _read(path / "samples.json")[:SAMPLES_SHOWN] if isinstance(row, dict)]
@@ -88,16 +89,12 @@ def _readable(summary: Mapping[str, Any]) -> dict[str, Any]:
         f"CIDEr {metrics['cider']:.2f} ({metrics['count']} images)"
         if metrics["count"]
         else None,
-        "time": _time(summary["seconds"]),
+        "time": duration(summary["seconds"]),
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB",
     }
     if converter["shared_tokens"] is not None:
         shown["word converter"] = f"{converter['shared_tokens']:,} shared tokens, {converter['seconds']:.1f} s"
     return shown
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def _line(text: Any) -> str:

@@ -89,7 +89,7 @@ class Guard:
             many = f", and {allowed} updates were skipped before, as many as trainer.guard.max_skipped allows"
             raise TrainingError(
                 f"{where}{many if allowed else ''}; the batch held {', '.join(ids)}. Lower the learning rate, or look "
-                "at these samples; the last good checkpoint is kept"
+                "at these samples; what was saved before stays"
             )
         _LOGGER.warning("%s; skipped (%d of at most %d)", where, self.skipped, self.config.max_skipped)
         figures = {"skipped_loss": loss, "skipped_grad_norm": norm}
