@@ -220,6 +220,7 @@ def measured(case: Case) -> dict[str, float]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02)
+        model.tie_weights()  # without initialisation nobody has
         width, rows = model.get_input_embeddings().weight.shape[1], model.config.vocab_size
         print_ = Fingerprint("random", None, type(model).__name__, width, 0, rows, "", None)
         model.eval().requires_grad_(False)

@@ -7,7 +7,7 @@
 The quickstart's parts (SmolLM2's VPG, Gemma 3 270M) and its two stages, padded and packed:
 
 ours    a stage as `vpgtrans transfer` runs it: drawing, loading, splicing, Lightning's loop, the log; checkpoints and
-        validations are left out
+        validations are left out, and padded rows stay padded (`trainer.unpad: false`), as the bare loop's are
 bare    the same batches as tensors that are ready, the same modules; forward, loss, backward, clip, AdamW: a loop that
         is written here in thirty lines
 
@@ -263,7 +263,7 @@ def summarise(cell: Cell) -> dict[str, Any]:
 
 def recipe_of(*, packed: bool, updates: dict[str, int], base: Path = QUICKSTART) -> Recipe:
     """The quickstart with constant rates, so many updates a stage, and one image to validate on."""
-    recipe = load_recipe(base, {"trainer.validate_samples": 1, "initialiser": "inherit"})
+    recipe = load_recipe(base, {"trainer.validate_samples": 1, "trainer.unpad": False, "initialiser": "inherit"})
     return shortened(recipe, packed=packed, updates=updates)
 
 

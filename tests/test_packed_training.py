@@ -184,6 +184,37 @@ def test_validate_warns_of_a_back_end_that_this_machine_lacks(recipe):
     assert "trainer.attention" not in invoke("validate", recipe, PACKED).stderr
 
 
+def test_without_padding_the_update_is_the_padded_one(root, tmp_path):
+    rows = {}
+    for unpad in (True, False):
+        recipe = make_recipe([STAGE], trainer={"precision": "fp32", "devices": 1, "unpad": unpad})
+        vlm = build_vlm(root, dropout=0.0)
+        shapes: list[int] = []
+        join = vlm.splice.join
+
+        def seen(*arguments: Any, join: Any = join, shapes: list[int] = shapes, **named: Any) -> Any:
+            joined = join(*arguments, **named)
+            shapes.append(len(joined.embeddings))
+            return joined
+
+        vlm.splice.join = seen  # type: ignore[method-assign]
+        train(vlm, recipe, tmp_path / str(unpad))
+        assert (max(shapes) > 1) is not unpad
+        rows[unpad] = all_tensors(vlm)
+    for key in ("loss", "loss_words", "val_loss", "grad_norm"):
+        assert logged(tmp_path / "True", key) == pytest.approx(logged(tmp_path / "False", key), rel=1e-4), key
+    for name, tensor in rows[True].items():
+        torch.testing.assert_close(tensor, rows[False][name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_family_that_mixes_samples_keeps_its_padding(tmp_path, monkeypatch, root):
+    monkeypatch.setattr("vpgtrans.isolation.isolation_error", lambda llm, isolation: (0.5, 0.5))
+    vlm = build_vlm(root)
+    [result] = train(vlm, make_recipe([STAGE]), tmp_path)
+    assert result.samples
+    assert not vlm.splice.unpadded
+
+
 def test_a_family_that_mixes_samples_is_refused(tmp_path, monkeypatch, root):
     monkeypatch.setattr("vpgtrans.isolation.isolation_error", lambda llm, isolation: (0.5, 0.5))
     with pytest.raises(RecipeError, match=r"can't be isolated in one row .* leave out data\.packing"):

@@ -267,6 +267,11 @@ class Isolation:
     axes: int = 1
     """Leading axes of the positions that this family takes, see `POSITION_AXES`."""
 
+    @property
+    def maskless(self) -> bool:
+        """Whether time and memory grow with the samples' lengths, not with the square of the row's."""
+        return self.backend in _REGISTERED or self.backend.startswith("flash")
+
     def run(self, model: Any, embeddings: Tensor, segments: Segments, **options: Any) -> Any:
         """The LLM's output on embeddings [B, L, d] of samples that don't see each other."""
         positions = segments.positions

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vpgtrans.config import PromptConfig, ResolutionConfig
-from vpgtrans.errors import DataError, TransferError
+from vpgtrans.errors import DataError, RecipeError, TransferError
 from vpgtrans.isolation import Backend, Isolation, in_eval_mode, isolate, writing
 from vpgtrans.layout import Layout, Layouts, Size
 from vpgtrans.llm import LanguageModel, word_ids
@@ -64,6 +64,8 @@ class Splice:
         self.both_ways = prompt.image_attention == "bidirectional"
         self.isolation: Isolation | None = None
         """How samples that share a row are kept apart, once it is chosen."""
+        self.unpadded = False
+        """Whether all of a batch share a row, see `unpad`."""
 
     def lay_out(self, prompt: PromptConfig, *, visual_tokens: int, layouts: Layouts | None) -> None:
         """From now on leave as many places for an image; as `__init__`.
@@ -84,6 +86,18 @@ class Splice:
             longest = min(longest, self.prompter.max_tokens)
         self.isolation = isolate(self.llm, backend, longest=longest, both_ways=self.both_ways)
         return self.isolation
+
+    def unpad(self, backend: Backend | Literal["auto"] = "auto") -> None:
+        """From now on put the texts of a batch behind each other in one row, which leaves no padding to compute.
+
+        Where the LLM knows no way to keep them apart in it, or none but a mask of the whole row, they stay padded.
+        """
+        try:
+            found = isolate(self.llm, backend, both_ways=self.both_ways)
+        except RecipeError:
+            return
+        if found.maskless:
+            self.isolation, self.unpadded = found, True
 
     def join(self, prompts: Tensor, texts: Sequence[Text | Encoded], *, packed: bool = False) -> Spliced:
         """Visual prompts [n, T, d_llm] of all images of some conversations, in order -> one batch.
@@ -175,6 +189,7 @@ class Splice:
         Returns:
             nll [m] in float32 nats and rows [m], the conversation each token belongs to.
         """
+        packed = packed or self.unpadded
         batch = self.join(prompts, texts, packed=packed)
         model = self.llm.model
         isolation = self.isolation

@@ -49,6 +49,7 @@ class _Shapes(Splice):
         self.llm = llm
         self.both_ways = False
         self.isolation: Isolation | None = None
+        self.unpadded = False
         self.rows = Rows([1], 0, 0)
         self.segments: Segments | None = None
 

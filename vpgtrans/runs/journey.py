@@ -42,7 +42,7 @@ SAMPLES_SHOWN = 24
 
 MACHINES_OWN = (
     *(f"trainer.{key}" for key in ("devices", "strategy", "threads", "attention", "checkpoint_every", "loggers")),
-    *(f"trainer.{key}" for key in ("gradient_checkpointing", "compile", "guard.max_skipped")),
+    *(f"trainer.{key}" for key in ("unpad", "gradient_checkpointing", "compile", "guard.max_skipped")),
     *("data.workers", "data.max_bad_fraction"),
     *("stages.*.micro_batch_size", "stages.*.cache_features", "evaluation", "compare"),
 )

@@ -136,6 +136,8 @@ class _Shapes:
         self.recipe = recipe = known.recipe
         self.stage, self.lengths = recipe.stages[index], known.lengths[index]
         self.packing = recipe.data.packing
+        # on a GPU padding is counted: a bound from above
+        self.unpadded = cpu and recipe.trainer.unpad and not recipe.trainer.compile
         known.outline.vpg.set_resolution(recipe.resolution_of(self.stage))
         projector = recipe.target.projector or ProjectorConfig()
         vlm = skeleton(known.outline.vpg, projector, known.config, dtype=dtype)
@@ -159,13 +161,16 @@ class _Shapes:
         """Passes of one sample and of several: what a sample more adds is the same."""
         several = max(2, min(8, self.stage.batch_size))
         return (
-            self.trace.training([self.lengths.rows(1)]),
-            self.trace.training([self.lengths.rows(several)]),
+            self.trace.training([self._rows(1)]),
+            self.trace.training([self._rows(several)]),
             several,
         )
 
+    def _rows(self, size: int) -> Rows:
+        return replace(self.lengths.rows(size), packed=self.unpadded)
+
     def step(self, size: int) -> Passes:
-        """Of a padded micro-batch of so many samples."""
+        """Of an unpacked micro-batch of so many samples."""
         one, more, several = self._affine
         each = {name: (getattr(more, name) - getattr(one, name)) / (several - 1) for name in ("activations", "logits")}
         activations = one.activations + each["activations"] * (size - 1)
@@ -183,7 +188,7 @@ class _Shapes:
 
     @cached_property
     def validation(self) -> Passes:
-        return self.trace.validation(self._pack if self.packing else self.lengths.rows(_VALIDATED_AT_ONCE))
+        return self.trace.validation(self._pack if self.packing else self._rows(_VALIDATED_AT_ONCE))
 
     @cached_property
     def images(self) -> Passes:

@@ -173,6 +173,9 @@ class TrainerConfig(Config):
         "flash_attention_2", "flash_attention_3", "flash_attention_4",
     ] = "auto"  # fmt: skip
     """How samples that share a row are kept apart; auto: varlen on a GPU in half precision, else blocks."""
+    unpad: bool = True
+    """Without `data.packing`: put the samples of a micro-batch behind each other too, so that no padding is computed;
+    they stay apart, and the losses are the same up to rounding. Not with `compile`, nor where the LLM can't."""
     precision: Literal["auto", "bf16-true", "bf16-mixed", "fp32"] = "auto"
     """auto: bf16-true where the processor has bf16, fp32 elsewhere."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"

@@ -153,6 +153,8 @@ class StageRun:
         )
         if recipe.data.packing is not None:
             vlm.splice.isolate(recipe.trainer.attention, longest=recipe.data.packing.max_tokens)
+        elif recipe.trainer.unpad and not recipe.trainer.compile:
+            vlm.splice.unpad(recipe.trainer.attention)
         draws = self._draws(samples, index)
         self.updates = count_updates(stage, draws, prompter)
         every = stage.validate_every or math.ceil(self.updates / 10) * draws.per_update
