@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ FAMILIES: dict[str, Any] = {
     "llama": {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
               "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000},
 }  # fmt: skip
-"""Random LLMs of 200 to 350 M parameters."""
+"""Random LLMs of 200 to 350 M parameters, with SmolLM2's tokenizer."""
+TOKENIZER = 49_152
+"""Words of that."""
 
 WARMUP = {"projector": "full"}
 TUNE = {"connector": "full", "projector": "full"}
@@ -173,8 +175,9 @@ def predicted(case: Case) -> Memory:
     updates = [list(rows_of(case, update)) for update in range(UPDATES)]
     step = max((trace.training(rows[:2]) for rows in updates), key=lambda passes: passes.activations + passes.logits)
     nothing = Passes(0, 0, 0)
+    standing = Standing.of(vlm, case.config)
     return memory(
-        Standing.of(vlm, case.config),
+        replace(standing, words=TOKENIZER) if case.llm in FAMILIES else standing,
         step=step,
         validation=nothing,
         images=nothing,
@@ -217,10 +220,10 @@ def measured(case: Case) -> dict[str, float]:
     if case.llm in FAMILIES:
         with transformers.initialization.no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(llm_config(case.llm), dtype=case.torch_dtype)
+        model.tie_weights()  # without initialisation nobody has
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02)
-        model.tie_weights()  # without initialisation nobody has
         width, rows = model.get_input_embeddings().weight.shape[1], model.config.vocab_size
         print_ = Fingerprint("random", None, type(model).__name__, width, 0, rows, "", None)
         model.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ class Standing:
     Attributes:
         weights: of all parts. gradients: of what trains. optimizer: its moments. largest: bytes of the largest
         tensor that trains. block: of the largest block of the LLM. unpacked: of the largest quantised weight as it is
-        multiplied.
+        multiplied. words: of the tokenizer, a number.
     """
 
     weights: int
@@ -39,6 +39,7 @@ class Standing:
     largest: int
     block: int
     unpacked: int = 0
+    words: int = 0
 
     @classmethod
     def of(cls, vlm: Skeleton, trainer: TrainerConfig, *, quantise: Quantisation | None = None) -> "Standing":
@@ -53,6 +54,7 @@ class Standing:
             largest=max((parameter.nbytes for parameter in trained), default=0),
             block=max((_bytes([*block.parameters()]) for block in _blocks(vlm)), default=0),
             unpacked=max((weight.nbytes for weight in packed), default=0) if quantise else 0,
+            words=vlm.llm.fingerprint.vocabulary,
         )
 
 
@@ -98,20 +100,23 @@ class Machine:
     """What a device takes for itself.
 
     Attributes:
-        framework: bytes, whatever trains; with several devices `exchange` more. slack: what the allocator holds beside
-        activations, as a share of them. together: whether an optimizer's update goes through all tensors at once.
+        framework: bytes, whatever trains; with several devices `exchange` more. word: bytes of a tokenizer's word.
+        slack: what the allocator holds beside activations, as a share of them. together: whether an optimizer's
+        update goes through all tensors at once.
     """
 
     framework: int
     exchange: int
+    word: int
     slack: float
     together: bool
 
 
-CPU = Machine(framework=60 * 2**20, exchange=50 * 2**20, slack=0.33, together=False)
-"""Measured by `benchmarks/plan.py`: libraries' own buffers; and glibc, which raises the size from which freed memory
-goes back to the system to 32 MB. With MALLOC_TRIM_THRESHOLD_ set to any value it doesn't, and there is no slack."""
-GPU = Machine(framework=700 * 2**20, exchange=500 * 2**20, slack=0.08, together=True)
+CPU = Machine(framework=40 * 2**20, exchange=50 * 2**20, word=1000, slack=0.5, together=False)
+"""Measured by `benchmarks/plan.py`: libraries' own buffers; tokenizers, 17 MB of 49,152 words and 278 MB of 262,144;
+and glibc, which raises the size from which freed memory goes back to the system to 32 MB, so that about half as much as
+is alive lies between. With MALLOC_TRIM_THRESHOLD_ set to any value it doesn't, and there is no slack."""
+GPU = Machine(framework=700 * 2**20, exchange=500 * 2**20, word=0, slack=0.08, together=True)
 """CUDA's context and cuBLAS's workspaces; NCCL's buffers. Not measured here: no GPU was at hand."""
 
 
@@ -141,7 +146,8 @@ def memory(
         buffers += 2 * standing.block  # the block at work, and the next one on its way
     if strategy.startswith("deepspeed"):
         buffers += 2 * min(BUCKET, standing.gradients)
-    fixed = {"framework": machine.framework + (machine.exchange if share > 1 else 0), "buffers": buffers}
+    framework = machine.framework + machine.word * standing.words
+    fixed = {"framework": framework + (machine.exchange if share > 1 else 0), "buffers": buffers}
 
     def moment(passes: Passes) -> dict[str, int]:
         gradients = passes.gradients if whole or strategy == "deepspeed-2" else passes.gradients // share
