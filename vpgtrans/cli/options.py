@@ -57,6 +57,16 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def index_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--index`: one registry in place of all that are configured."""
+    return click.option(
+        "--index",
+        metavar="FILE|URL",
+        help="The one index to look into [default: those of $VPGTRANS_REGISTRY, then ./checkpoints_registry.yaml, "
+        "then the package's].",
+    )(function)
+
+
 def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--trust-remote-code`."""
     return click.option(
