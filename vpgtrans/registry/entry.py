@@ -5,9 +5,12 @@ Reading an index into these types parses text and nothing else: no file that an 
 
 import json
 import re
-from typing import Annotated, Any, Literal
+import unicodedata
+from collections import Counter
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import unquote
 
-from pydantic import AnyUrl, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 FORMAT_VERSION = 2
 Kind = Literal["vpg", "projector", "adapter", "vlm"]
@@ -19,7 +22,23 @@ SAFE_SUFFIXES = frozenset(
     {".safetensors", ".json", ".md", ".txt", ".yaml", ".jinja", ".model", ".png", ".jpg", ".webp"}
 )
 """What an entry's files may be: weights are safetensors; the rest is text, a tokenizer's model, or a picture."""
-_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+class _Form(NamedTuple):
+    pattern: re.Pattern[str]
+    shown: str
+
+
+_FORMS = {
+    "hf": _Form(re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w-][\w./-]*)?", re.ASCII), "hf:ORG/REPO[@REVISION]"),
+    "oci": _Form(
+        re.compile(
+            r"[a-zA-Z0-9][\w.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?",
+            re.ASCII,
+        ),
+        "oci:HOST[:PORT]/REPO[:TAG][@DIGEST]",
+    ),
+}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0)]
@@ -34,23 +53,35 @@ def safe_path(path: str) -> str:
     """A relative path with forward slashes that stays where it begins, on every system. Raises ValueError."""
     parts = path.split("/")
     odd = {"", ".", ".."} & set(parts) or any(part != part.strip() or part.endswith(".") for part in parts)
-    unprintable = not path.isprintable() or "\\" in path
-    if odd or unprintable or _DRIVE.match(path) or len(path) > 1024:
-        raise ValueError(f"{path!r} must be a relative path with forward slashes, without '.', '..' and drive letters")
+    # a colon is a drive or a hidden stream on Windows
+    if odd or not path.isprintable() or set(path) & set("\\:"):
+        raise ValueError(f"{path[:200]!r} must be a relative path with forward slashes, without '.', '..' and ':'")
+    if len(path) > 1024 or any(len(part.encode()) > 255 for part in parts):
+        raise ValueError(f"{path[:200]!r}… is too long for a file system")
     return path
 
 
 def safe_location(location: str) -> str:
-    """A relative path, or a URL of one of `SCHEMES`. Raises ValueError."""
+    """A relative path, hf:ORG/REPO[@REVISION], oci:HOST/REPO[:TAG|@DIGEST], or a URL of one of `SCHEMES`.
+
+    Raises ValueError, whose message holds no part of a URL that may be secret.
+    """
     scheme, colon, rest = location.partition(":")
     if not colon or scheme not in SCHEMES:
         return safe_path(location)
-    if not location.isprintable() or not rest.strip("/"):
-        raise ValueError(f"{location!r} names nothing")
-    if ".." in re.split(r"[/\\]", rest):
-        raise ValueError(f"{location!r} must not hold '..'")
-    if scheme not in ("hf", "oci", "file", "memory") and "@" in (AnyUrl(location).host or "") + rest.split("/")[2]:
-        raise ValueError(f"the location of {scheme}://… carries credentials; they come from the environment")
+    if len(location) > 2048 or not location.isprintable() or " " in location:
+        raise ValueError(f"a location that begins with {scheme}: is longer than 2048, or holds blanks")
+    if {".", ".."} & set(re.split("[/?#@]", unquote(rest))):
+        raise ValueError(f"a location that begins with {scheme}: must not hold '.' and '..'")
+    if form := _FORMS.get(scheme):
+        if not form.pattern.fullmatch(rest):
+            raise ValueError(f"a location that begins with {scheme}: has the form {form.shown}")
+        return location
+    # urlsplit would drop a backslash's meaning that others give it
+    if not rest.startswith("//") or not rest.strip("/") or "\\" in rest:
+        raise ValueError(f"a location that begins with {scheme}: has the form {scheme}://…/…")
+    if "@" in rest[2:].partition("/")[0]:
+        raise ValueError(f"a location {scheme}://… carries credentials; they come from the environment")
     return location
 
 
@@ -215,8 +246,11 @@ class Entry(_Part):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Newer versions of an id are larger."""
-        return tuple(int(number) for number in self.version.split("."))
+        """Newer versions of an id are larger; 1.0 and 1 are the same."""
+        numbers = [int(number) for number in self.version.split(".")]
+        while len(numbers) > 1 and numbers[-1] == 0:
+            numbers.pop()
+        return tuple(numbers)
 
     @property
     def size(self) -> int:
@@ -230,9 +264,9 @@ class Entry(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Entry":
-        # A case-blind file system must not write one file over another.
-        paths = [file.path.casefold() for file in self.files]
-        repeated = sorted({path for path in paths if paths.count(path) > 1})
+        # A file system that is blind to case or to ways of writing an accent must not write one file over another.
+        paths = [unicodedata.normalize("NFC", file.path).casefold() for file in self.files]
+        repeated = sorted(path for path, count in Counter(paths).items() if count > 1)
         if repeated:
             raise ValueError(f"files: listed twice: {', '.join(repeated)}")
         directories = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
@@ -243,11 +277,15 @@ class Entry(_Part):
         return self
 
 
+def _no_entries(value: Any) -> Any:
+    return () if value is None else value
+
+
 class Index(_Part):
     """A registry file."""
 
     format_version: Literal[2]
-    entries: tuple[Entry, ...] = ()
+    entries: Annotated[tuple[Entry, ...], BeforeValidator(_no_entries)] = ()
 
 
 def json_schema() -> str:
