@@ -61,6 +61,15 @@ class RegistryError(UserError):
     """A registry file is malformed or has no such entry."""
 
 
+class StoreError(VpgTransError):
+    """A place of files can't be reached, lacks them, or answers with an error."""
+
+    def __init__(self, message: str, *, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
+        """Whether it may help to ask once more: a server that is busy or silent, not one that says no."""
+
+
 class MachineError(VpgTransError):
     """Memory or disk ran out, or a directory can't be written any more. What was saved before is whole."""
 

@@ -220,10 +220,10 @@ def _file_kind(reference: str, path: Path) -> Kind:
 
 def _resolve_registry(reference: str, name: str) -> Resolved:
     # Imported here: the registry's own locations are references, so the two modules need each other.
-    from vpgtrans.registry.index import find_entry, resolve_entry
+    from vpgtrans.registry.index import find, resolve_entry
 
     kind, path = _classify(reference, resolve_entry(name))
-    return Resolved(reference, path, kind, find_entry(name).version)
+    return Resolved(reference, path, kind, find(name).entry.version)
 
 
 # --- the hub ------------------------------------------------------------------------------------

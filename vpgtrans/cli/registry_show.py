@@ -1,7 +1,5 @@
 """`vpgtrans registry show`: all that is known of one checkpoint."""
 
-from pathlib import Path
-
 import click
 
 from vpgtrans.cli import console
@@ -17,9 +15,10 @@ from vpgtrans.cli.options import Examples, index_option, json_option
 def command(name: str, *, index: str | None, as_json: bool) -> None:
     """Show one entry, its files and their hashes."""
     with console.loading():
-        from vpgtrans.registry.index import load_registry
-    entry = load_registry(None if index is None else Path(index)).entry(name).model_dump(mode="json")
+        from vpgtrans.registry.index import find, shown
+    entry, place = find(name, index=index)
+    document = {"index": shown(place)} | entry.model_dump(mode="json")
     if as_json:
-        console.print_json(entry)
+        console.print_json(document)
     else:
-        console.print_pairs(entry)
+        console.print_pairs(document)

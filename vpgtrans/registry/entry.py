@@ -7,10 +7,10 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 from urllib.parse import unquote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FORMAT_VERSION = 2
 Kind = Literal["vpg", "projector", "adapter", "vlm"]
@@ -216,10 +216,6 @@ class Lineage(_Part):
     """Checks that failed and that somebody set aside with --force."""
 
 
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 class Entry(_Part):
     """One version of one checkpoint. What an id and a version name never changes, but its status."""
 
@@ -227,7 +223,7 @@ class Entry(_Part):
     version: Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})(\.(0|[1-9]\d{0,8})){0,3}$")]
     kind: Kind
     description: Text
-    locations: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1, max_length=32)]
+    locations: Annotated[tuple[str, ...], Field(min_length=1, max_length=32)]
     """A path relative to the index, hf:ORG/REPO[@REVISION], oci:HOST/REPO[:TAG|@DIGEST], or a URL. Tried in order."""
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=10_000)]
     base: Base
@@ -277,15 +273,12 @@ class Entry(_Part):
         return self
 
 
-def _no_entries(value: Any) -> Any:
-    return () if value is None else value
-
-
 class Index(_Part):
     """A registry file."""
 
     format_version: Literal[2]
-    entries: Annotated[tuple[Entry, ...], BeforeValidator(_no_entries)] = ()
+    entries: tuple[Entry, ...] | None = ()
+    """None where `entries:` stands alone."""
 
 
 def json_schema() -> str:

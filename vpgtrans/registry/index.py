@@ -1,245 +1,316 @@
-"""Read `checkpoints_registry.yaml` and turn an entry into a local directory whose every byte was checked.
+"""Read indexes of checkpoints: which there are, what they hold, and where one looks first.
 
-The index is looked for at `$VPGTRANS_REGISTRY`, then in the working directory, then beside the package. An entry lists
-each file with its size and sha256; locations are tried in order, and nothing is used before all files match.
+An index is a file `checkpoints_registry.yaml` of the form `entry.Index`, at a path or a URL. `$VPGTRANS_REGISTRY` names
+any number of them, separated by blanks (one whose path holds blanks in quotes, as in a shell). After these come the one
+in the working directory and the package's own. The first index that has an id has all of its versions, so that no other
+can put a newer one under a known name.
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from vpgtrans.errors import IntegrityError, ReferenceError_, RegistryError
-from vpgtrans.references import digest, resolve
+from vpgtrans.errors import IntegrityError, ReferenceError_, RegistryError, StoreError
+from vpgtrans.files import appearing
+from vpgtrans.references import cache_dir, digest, resolve
+from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index
+from vpgtrans.registry.strict_yaml import MAX_BYTES, Where, parse
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "checkpoints_registry.yaml"
+PLACES = "VPGTRANS_REGISTRY"
+"""The environment's variable that names indexes."""
+_URL = re.compile(r"[a-z][a-z0-9+]*://")
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+]*://[^/?#]*@")
+_SHOWN = 8
+"""Findings and names of a message; a damaged index may have thousands."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _safe(path: str) -> str:
-    """A relative path with forward slashes that stays where it begins."""
-    parts = path.split("/")
-    if not path or "\\" in path or "\0" in path or ":" in parts[0] or {"", ".", ".."} & set(parts):
-        raise ValueError(f"{path!r} must be a relative path with forward slashes, without '.' and '..'")
-    return path
-
-
-class FileEntry(_Part):
-    """One file of an entry."""
-
-    path: str
-    """Relative to the entry's directory."""
-    size: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-    _path_is_safe = field_validator("path")(_safe)
-
-
-class LLMEntry(_Part):
-    """The language model that a checkpoint was made with."""
-
-    reference: str
-    width: Annotated[int, Field(gt=0)]
-    vocabulary: Annotated[int, Field(gt=0)]
-    tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class InterfaceEntry(_Part):
-    """What a user of the checkpoint meets."""
-
-    visual_tokens: Annotated[int, Field(gt=0)]
-    width: Annotated[int, Field(gt=0)]
-    """Of a visual token, before the projector."""
-    image_size: Annotated[int, Field(gt=0)]
-    prompt: str
-
-
-class Entry(_Part):
-    """One version of one checkpoint."""
-
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$")]
-    version: Annotated[str, Field(pattern=r"^\d+(?:\.\d+)*$")]
-    kind: Literal["vpg", "projector", "adapter", "vlm"]
-    description: str
-    location: Annotated[tuple[str, ...], Field(min_length=1)]
-    """A path relative to the index, or hf:ORG/REPO[@REVISION]; a bare string is a list of one. Tried in order."""
-    files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
-    llm: LLMEntry
-    interface: InterfaceEntry
-    licence: str
-    data: str
-    """What it was trained on, with the data's licence."""
-    metrics: dict[str, float] = {}
-    lineage: dict[str, Any] = {}
-    status: Literal["available", "deprecated", "withdrawn"] = "available"
-
-    @field_validator("location", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("location")
-    @classmethod
-    def _locations_are_safe(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for location in value:
-            if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+(@[\w./-]+)?", location):
-                _safe(location)
-        return value
-
-    @model_validator(mode="after")
-    def _files_are_distinct(self) -> "Entry":
-        paths = [file.path for file in self.files]
-        repeated = sorted({path for path in paths if paths.count(path) > 1})
-        if repeated:
-            raise ValueError(f"files: listed twice: {', '.join(repeated)}")
-        return self
-
-
-class _Document(_Part):
-    entries: tuple[Entry, ...] = ()
-
-
+@dataclass(frozen=True)
 class Registry:
-    """The entries of one index file."""
+    """The entries of one index."""
 
-    def __init__(self, path: Path, entries: tuple[Entry, ...]) -> None:
-        self.path = path
-        ids = [entry.id for entry in entries]
-        self.entries = {
-            entry.id if ids.count(entry.id) == 1 else f"{entry.id}@{entry.version}": entry for entry in entries
-        }
-        """Name -> entry; the name carries the version where an id has several."""
+    place: str
+    """Its path, or its URL."""
+    entries: tuple[Entry, ...]
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries.values())
+        return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
 
+    def versions(self, id: str) -> list[Entry]:
+        """All versions of an id, the newest last."""
+        return sorted((entry for entry in self.entries if entry.id == id), key=lambda entry: entry.order)
+
     def entry(self, name: str) -> Entry:
-        """The entry `ID` (its newest version) or `ID@VERSION`. Raises RegistryError with a did-you-mean."""
-        wanted, _, version = name.partition("@")
-        versions = sorted((entry for entry in self if entry.id == wanted), key=_version_key)
+        """The entry `ID` (its newest version that wasn't yanked) or `ID@VERSION`.
+
+        Raises:
+            RegistryError: there is none, with a did-you-mean; or every version was yanked.
+        """
+        id, _, version = name.partition("@")
+        versions, where = self.versions(id), shown(self.place)
         if not versions:
-            near = difflib.get_close_matches(wanted, sorted({entry.id for entry in self}), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has: {self._names()}"
-            raise RegistryError(f"{self.path} has no entry {wanted!r}; {hint}")
-        if not version:
-            return next((entry for entry in reversed(versions) if entry.status == "available"), versions[-1])
-        for entry in versions:
-            if entry.version == version:
-                return entry
-        known = ", ".join(entry.version for entry in versions)
-        raise RegistryError(f"{self.path}: {wanted} has no version {version!r}; it has: {known}")
+            raise RegistryError(_unknown(id, [self]))
+        if version:
+            for entry in versions:
+                if entry.version == version:
+                    return entry
+            known = ", ".join(entry.version for entry in versions[-_SHOWN:])
+            raise RegistryError(f"{where}: {id} has no version {version[:40]!r}; it has: {known}")
+        active = [entry for entry in versions if entry.status == "active"]
+        if not active:
+            newest = versions[-1]
+            raise RegistryError(
+                f"{where}: every version of {id} was yanked, {newest.version} because: {newest.reason}; "
+                f"{newest.name} still names it"
+            )
+        return active[-1]
 
-    def _names(self) -> str:
-        return ", ".join(sorted({entry.id for entry in self})) or "no entries"
+
+class Found(NamedTuple):
+    """An entry, and the index that says so."""
+
+    entry: Entry
+    place: str
 
 
-def _version_key(entry: Entry) -> tuple[int, ...]:
-    return tuple(int(number) for number in entry.version.split("."))
+# --- where indexes are --------------------------------------------------------------------------
+
+
+def places() -> list[str]:
+    """Paths and URLs of all indexes that are configured or at hand, in the order they are looked into.
+
+    Raises:
+        RegistryError: `$VPGTRANS_REGISTRY` can't be read as a list.
+    """
+    try:
+        stated = shlex.split(os.environ.get(PLACES, ""))
+    except ValueError as error:
+        raise RegistryError(f"${PLACES}: {error}; write paths and URLs with blanks between them") from None
+    package = Path(__file__).resolve().parents[1]
+    # beside the package in a checkout; inside it in a wheel
+    at_hand = [Path.cwd() / FILE_NAME, package.parent / FILE_NAME, package / "share" / FILE_NAME]
+    found: dict[str, str] = {}
+    for place in [*stated, *(str(path) for path in at_hand if path.is_file())]:
+        found.setdefault(place if is_url(place) else str(_file(place).resolve()), place)
+    return list(found.values())
+
+
+def is_url(place: str) -> bool:
+    """Whether an index is at a URL; else it is a path."""
+    return _URL.match(place) is not None
+
+
+def shown(place: str) -> str:
+    """A place as a message may have it: the query of a URL often holds a signature."""
+    return place.partition("?")[0] if is_url(place) else place
+
+
+def _file(place: str) -> Path:
+    path = Path(place).expanduser()
+    return path / FILE_NAME if path.is_dir() else path
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def registry_path() -> Path:
-    """Where the index lies. Raises RegistryError with the places tried."""
-    configured = os.environ.get("VPGTRANS_REGISTRY")
-    if configured:
-        path = Path(configured).expanduser()
-        if not path.is_file():
-            raise RegistryError(f"$VPGTRANS_REGISTRY names {path}, which is no file")
-        return path
-    package = Path(__file__).resolve().parents[1]
-    # beside the package in a checkout; inside it in a wheel
-    places = [Path.cwd() / FILE_NAME, package.parent / FILE_NAME, package / "share" / FILE_NAME]
-    for place in places:
-        if place.is_file():
-            return place
-    raise RegistryError(
-        f"no registry found. Tried: $VPGTRANS_REGISTRY (unset), {', '.join(str(place) for place in places)}"
-    )
+def load_index(place: str | None = None) -> Registry:
+    """Read and check one index: a file, a directory that holds one of the usual name, or a URL.
+
+    place: the first of `places()` if None.
+
+    Raises:
+        RegistryError: it isn't there, or names the line, entry and key of what is wrong.
+        StoreError: a URL can't be read, and never was.
+    """
+    if place is None:
+        found = places()
+        if not found:
+            raise RegistryError(f"no index of checkpoints: ${PLACES} is unset, and {Path.cwd()} has no {FILE_NAME}")
+        place = found[0]
+    if not is_url(place):
+        place = str(_file(place))
+    return Registry(place, parse_index(_read(place), place=shown(place)))
 
 
-def load_registry(path: Path | None = None) -> Registry:
-    """Read and validate an index file; RegistryError names file, entry and key."""
-    path = path or registry_path()
+def registries() -> Iterator[Registry]:
+    """Every index of `places()`, each read when it is asked for. Errors as of `load_index`."""
+    return (load_index(place) for place in places())
+
+
+def find(name: str, *, index: str | None = None) -> Found:
+    """The entry `ID[@VERSION]` of one index, or of the first of all that has the id.
+
+    Raises:
+        RegistryError: none has it, or every version was yanked. As `load_index`.
+    """
+    id = name.partition("@")[0]
+    tried = []
+    for registry in registries() if index is None else [load_index(index)]:
+        if registry.versions(id):
+            return Found(registry.entry(name), registry.place)
+        tried.append(registry)
+    raise RegistryError(_unknown(id, tried))
+
+
+def choose(
+    entries: Iterable[Entry],
+    *,
+    kind: str | None = None,
+    encoder: str | None = None,
+    base: str | None = None,
+    status: str | None = None,
+) -> list[Entry]:
+    """Those that are of a kind and status, and whose encoder and LLM hold a word, whatever its case."""
+
+    def hold(word: str | None, *texts: str | None) -> bool:
+        return word is None or any(word.casefold() in text.casefold() for text in texts if text is not None)
+
+    return [
+        entry
+        for entry in entries
+        if kind in (None, entry.kind)
+        and status in (None, entry.status)
+        and hold(base, entry.base.llm.reference, entry.base.llm.architecture)
+        and hold(encoder, *((entry.base.encoder.kind, entry.base.encoder.reference) if entry.base.encoder else ()))
+    ]
+
+
+def _unknown(id: str, tried: list[Registry]) -> str:
+    """What to say of an id that no index has."""
+    where = ", ".join(shown(registry.place) for registry in tried) or f"no index (${PLACES} is unset)"
+    known = sorted({entry.id for registry in tried for entry in registry})
+    near = difflib.get_close_matches(id, known, n=1)
+    offer = ", ".join(known[:_SHOWN]) + (", …" if len(known) > _SHOWN else "")
+    hint = f"did you mean {near[0]}?" if near else f"it has: {offer or 'no entries'}"
+    return f"{where} has no entry {id[:96]!r}; {hint}"
+
+
+def _read(place: str) -> bytes:
+    if is_url(place):
+        return _read_url(place)
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RegistryError(f"{path}: can't be read: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{path}: {error}") from error
+        # a pipe or a device would never end
+        if not Path(place).is_file():
+            raise RegistryError(
+                f"{place}: no such index file (several in ${PLACES} have blanks between them; one with blanks in its "
+                "path stands in quotes)"
+            )
+        with Path(place).open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"{place}: can't be read: {error}") from None
+
+
+def _read_url(url: str) -> bytes:
+    """An index at a URL; where it can't be reached, as it was when it last could."""
+    from vpgtrans.registry.stores import read_small
+
+    if _CREDENTIALS.match(url):
+        raise RegistryError("an index's URL carries credentials; they come from the environment")
+    kept = cache_dir() / "indexes" / f"{hashlib.sha256(url.encode()).hexdigest()}.yaml"
     try:
-        entries = _Document.model_validate(document if document is not None else {}).entries
+        data = read_small(url, MAX_BYTES)
+    except StoreError as error:
+        if not kept.is_file():
+            raise
+        log.warning("%s; taking what the index said when it was last read", error)
+        return kept.read_bytes()
+    parse_index(data, place=shown(url))  # what is kept was right once
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(kept) as temporary:
+        temporary.write_bytes(data)
+    return data
+
+
+def parse_index(data: bytes, *, place: str) -> tuple[Entry, ...]:
+    """The entries of an index's text.
+
+    Raises:
+        RegistryError: naming line, entry and key.
+    """
+    document = parse(data, place=place)
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if document is None or (isinstance(document, dict) and version != FORMAT_VERSION):
+        stated = "without format_version" if version is None else f"of format_version {str(version)[:40]!r}"
+        raise RegistryError(
+            f"{place}: an index {stated}; this vpgtrans reads format_version: {FORMAT_VERSION}, which stands before "
+            "`entries:`"
+        )
+    try:
+        # as JSON, where pydantic takes a list for a tuple and yet no text for a number
+        entries = Index.model_validate_json(json.dumps(document), strict=True).entries or ()
     except ValidationError as error:
-        raise RegistryError(f"{path}: {_explain(error, document)}") from error
-    seen: set[tuple[str, tuple[int, ...]]] = set()
+        lines: dict[Where, int] = {}
+        parse(data, place=place, visit=lines.__setitem__)
+        raise RegistryError(_explain(error, document, place=place, lines=lines)) from None
+    seen: dict[tuple[str, tuple[int, ...]], Entry] = {}
     for entry in entries:
-        key = (entry.id, _version_key(entry))
-        if key in seen:
-            raise RegistryError(f"{path}: {entry.id} has version {entry.version} twice")
-        seen.add(key)
-    return Registry(path, entries)
+        other = seen.setdefault((entry.id, entry.order), entry)
+        if other is not entry:
+            same = "twice" if other.version == entry.version else f"also as {other.version}"
+            raise RegistryError(f"{place}: {entry.id} has version {entry.version} {same}")
+    return entries
 
 
-def _explain(error: ValidationError, document: Any) -> str:
-    """pydantic's findings, one a clause, with the entry's id in place of its number."""
+def _explain(error: ValidationError, document: Any, *, place: str, lines: dict[Where, int]) -> str:
+    """pydantic's findings, each with its line and the entry's id in place of its number."""
     clauses = []
-    for finding in error.errors():
-        place = [str(step) for step in finding["loc"]]
-        if len(place) > 1 and place[0] == "entries" and place[1].isdigit():
-            entry = document["entries"][int(place[1])]
-            name = entry.get("id") if isinstance(entry, dict) else None
-            place[:2] = [str(name) if name else f"entry {int(place[1]) + 1}"]
-        clauses.append(f"{'.'.join(place) or 'the document'}: {finding['msg']}")
+    findings = error.errors(include_url=False, include_context=False, include_input=False)
+    for finding in findings[:_SHOWN]:
+        path = finding["loc"]
+        line = next(lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in lines)
+        steps = [str(step) for step in path]
+        if len(path) > 1 and path[0] == "entries" and isinstance(path[1], int):
+            entry = document["entries"][path[1]]
+            id = entry.get("id") if isinstance(entry, dict) else None
+            steps[:2] = [id[:96] if isinstance(id, str) and id else f"entry {path[1] + 1}"]
+        said = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == "string_type":
+            said += ", in quotes where it looks like a number"
+        clauses.append(f"{place}:{line}: {'.'.join(steps) or 'the document'}: {said}")
+    if len(findings) > _SHOWN:
+        clauses.append(f"and {len(findings) - _SHOWN} more")
     return "; ".join(clauses)
-
-
-def find_entry(name: str) -> Entry:
-    """`load_registry().entry(name)`."""
-    return load_registry().entry(name)
 
 
 # --- getting an entry ---------------------------------------------------------------------------
 
 
-def resolve_entry(name: str, *, registry: Registry | None = None) -> Path:
+def resolve_entry(name: str) -> Path:
     """A local directory of the entry, every file's size and sha256 checked.
 
-    Raises RegistryError for an unknown or withdrawn entry or one that no location has, IntegrityError naming the file
+    Raises RegistryError for an unknown entry or one that no location has, IntegrityError naming the file
     that is missing or differs.
     """
-    registry = registry or load_registry()
-    entry = registry.entry(name)
-    if entry.status == "withdrawn":
-        raise RegistryError(f"{registry.path}: {entry.id}@{entry.version} is withdrawn: {entry.description}")
-    if entry.status == "deprecated":
-        log.warning("%s@%s is deprecated: %s", entry.id, entry.version, entry.description)
+    entry, place = find(name)
+    if entry.status == "yanked":
+        log.warning("%s was yanked: %s", entry.name, entry.reason)
     tried = []
-    for location in entry.location:
+    for location in entry.locations:
         try:
-            directory = _locate(registry.path, location)
+            directory = _locate(Path(place), location)
         except ReferenceError_ as error:
             tried.append(str(error))
             continue
-        verify_files(directory, entry.files, name=f"{entry.id}@{entry.version}")
+        verify_files(directory, entry.files, name=entry.name)
         return directory
-    raise RegistryError(f"{registry.path}: {entry.id}@{entry.version} can't be reached. Tried: {'; '.join(tried)}")
+    raise RegistryError(f"{place}: {entry.name} can't be reached. Tried: {'; '.join(tried)}")
 
 
 def _locate(index: Path, location: str) -> Path:
@@ -287,56 +358,6 @@ def describe_directory(path: Path) -> list[FileEntry]:
     if not files:
         raise RegistryError(f"{path}: no files to describe")
     return files
-
-
-def entry_from_vlm(
-    directory: Path,
-    *,
-    id: str,
-    version: str,
-    location: str | tuple[str, ...],
-    description: str,
-    licence: str,
-    data: str,
-    kind: Literal["vpg", "projector", "adapter", "vlm"] = "vlm",
-    metrics: dict[str, float] | None = None,
-) -> Entry:
-    """An entry for a VLM directory: llm, interface and lineage come from its manifest, files from the disk.
-
-    Raises RegistryError where the manifest lacks one of them.
-    """
-    place = directory / "manifest.json"
-    try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RegistryError(f"{place}: can't be read: {error}") from error
-    try:
-        values = {
-            "llm": {key: manifest["llm"][key] for key in LLMEntry.model_fields},
-            "interface": {
-                "visual_tokens": manifest["visual_tokens"],
-                "width": manifest["parts"]["connector"]["width"],
-                "image_size": manifest["parts"]["encoder"]["image_size"],
-                "prompt": manifest["prompt"]["template"],
-            },
-        }
-        return Entry(
-            id=id,
-            version=version,
-            kind=kind,
-            description=description,
-            location=location,  # type: ignore[arg-type]
-            files=tuple(describe_directory(directory)),
-            licence=licence,
-            data=data,
-            metrics=metrics or {},
-            lineage=manifest.get("lineage") or {},
-            **values,  # type: ignore[arg-type]
-        )
-    except KeyError as error:
-        raise RegistryError(f"{place} says nothing about {error.args[0]!r}") from error
-    except ValidationError as error:
-        raise RegistryError(f"{directory}: {_explain(error, None)}") from error
 
 
 def dump_entry(entry: Entry) -> str:
