@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,7 @@ def test_adapters_train_on_quantised_blocks_whose_bytes_stay(
 ) -> None:
     vlm = quantised(wide, monkeypatch, kind)
     plain = open_llm(str(wide / "llm"), dtype=torch.float32)
-    assert vlm.llm.fingerprint == plain.fingerprint
+    assert vlm.llm.fingerprint == replace(plain.fingerprint, weights_sha256=None)
     model: Any = vlm.language_model
     assert block_linears(model) == block_linears(plain.model)
     assert {type(model.get_submodule(name)).__name__ for name in block_linears(model)} == {

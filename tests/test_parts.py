@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vpgtrans.errors import CheckpointError, TransferError
-from vpgtrans.llm import embeddings_sha256
+from vpgtrans.fingerprint import embeddings_sha256
 from vpgtrans.parts import read_object, tensors_sha256
 
 TENSORS = {

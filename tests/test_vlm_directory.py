@@ -270,8 +270,8 @@ def test_another_llm_is_refused_with_every_field_that_differs(copy, tmp_path):
     with pytest.raises(IntegrityError) as caught:
         load_vlm(str(copy))
     message = str(caught.value)
-    assert "architecture is Qwen2ForCausalLM, must be LlamaForCausalLM" in message
-    assert "width is 48, must be 32" in message
+    assert "another model class: Qwen2ForCausalLM, must be LlamaForCausalLM" in message
+    assert "another width: 48, must be 32" in message
     assert "embeddings_sha256" in message
     assert "layers" not in message
 

@@ -111,15 +111,17 @@ def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
     return runs.validate(checked)
 
 
-def load(vlm: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> "VLM":
+def load(vlm: str | Path, *, device: str = "auto", trust_remote_code: bool = False, force: bool = False) -> "VLM":
     """Open a VLM directory, a run or `registry:NAME`: `vt.load("runs/quickstart").generate(images)`.
+
+    force: take its LLM even if it is not the one that it was trained with.
 
     Raises:
         VpgTransError: it doesn't resolve, is damaged, or belongs to another LLM.
     """
     from vpgtrans.runs.parts import open_vlm
 
-    return open_vlm(str(vlm), device=device, trust_remote_code=trust_remote_code)
+    return open_vlm(str(vlm), device=device, trust_remote_code=trust_remote_code, force=force)
 
 
 def evaluate(
@@ -130,12 +132,19 @@ def evaluate(
     samples: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as in a recipe."""
     from vpgtrans import runs
 
     return runs.evaluate(
-        str(vlm), data=list(data), keys=keys, samples=samples, device=device, trust_remote_code=trust_remote_code
+        str(vlm),
+        data=list(data),
+        keys=keys,
+        samples=samples,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        force=force,
     )
 
 
@@ -147,6 +156,7 @@ def caption(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> list[dict[str, Any]]:
     """A `{"image", "caption"}` for each image."""
     from vpgtrans import runs
@@ -159,6 +169,7 @@ def caption(
         max_new_tokens=max_new_tokens,
         device=device,
         trust_remote_code=trust_remote_code,
+        force=force,
     )
 
 

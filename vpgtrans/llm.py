@@ -6,12 +6,10 @@ anything the model does to `inputs_embeds` itself (OPT's `project_in`, Granite's
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from vpgtrans.blocks import find_blocks, linears_in
 from vpgtrans.checkpoint_files import CheckpointFiles
 from vpgtrans.config import Quantisation
 from vpgtrans.errors import CheckpointError, ReferenceError_, TransferError
-from vpgtrans.parts import tensor_bytes
+from vpgtrans.fingerprint import Fingerprint, config_sha256, embeddings_sha256, tokenizer_sha256, weights_sha256
 from vpgtrans.quantise import check_bitsandbytes, check_quantisation, keep_trainable, quantisation_config
 from vpgtrans.references import Resolved, portable, resolve
 
@@ -50,57 +48,6 @@ _TEXT_KEYS = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 """Names in a composite checkpoint -> those of its text model alone."""
-
-
-# --- what identifies an LLM -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What makes two LLMs the same base; plain JSON values."""
-
-    reference: str
-    revision: str | None
-    architecture: str
-    """The model class, e.g. LlamaForCausalLM."""
-    width: int
-    layers: int
-    vocabulary: int
-    """Rows of the embedding table."""
-    tokenizer_sha256: str
-    embeddings_sha256: str | None
-    """Of the table as bf16 bytes, so that the dtype it was opened in doesn't matter."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Fingerprint":
-        return cls(**values)
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does: its backend's serialisation without the padding and truncation of the moment."""
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        for passing in ("padding", "truncation"):
-            state.pop(passing, None)
-        merges = state["model"].get("merges")
-        if merges:
-            # the library has written both "a b" and ["a", "b"]
-            state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    else:
-        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def embeddings_sha256(weight: Tensor) -> str:
-    """A hash of an embedding table [V, d] as contiguous bf16 bytes."""
-    digest = hashlib.sha256()
-    for rows in weight.detach().split(16384):
-        digest.update(tensor_bytes(rows.to("cpu", torch.bfloat16)))
-    return digest.hexdigest()
 
 
 # --- an LLM -----------------------------------------------------------------------------------
@@ -234,6 +181,8 @@ def open_llm(
     tokenizer = _tokenizer(reference, directory, trust_remote_code=trust_remote_code)
     weight = model.get_input_embeddings().weight
     fingerprint = _fingerprint(found, type(model).__name__, text, tokenizer, weight)
+    if quantise is None:
+        fingerprint = replace(fingerprint, weights_sha256=weights_sha256(model))
     llm = LanguageModel(model, tokenizer, reference, fingerprint, quantise)
     if text.get_text_config().model_type not in _VERIFIED:
         _verify_causal(llm)
@@ -425,6 +374,7 @@ def _fingerprint(found: Resolved, architecture: str, config: Any, tokenizer: Any
         vocabulary=rows,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         embeddings_sha256=embeddings_sha256(weight),
+        config_sha256=config_sha256(config),
     )
 
 

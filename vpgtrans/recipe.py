@@ -47,6 +47,8 @@ class SourceConfig(Config):
     """A reference to a VLM whose VPG is taken, or `{encoder, connector}` to build one from scratch."""
     trust_remote_code: bool = False
     """Run the code that the source's LLM brings along, to read its words."""
+    force: bool = False
+    """Read the source's words from an LLM that is not quite the one it was trained with; the lineage says so."""
 
 
 class TargetConfig(Config):

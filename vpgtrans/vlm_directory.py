@@ -22,7 +22,8 @@ from vpgtrans.adapters import base_state, is_adapted, merge, open_adapter
 from vpgtrans.config import ConnectorConfig, EncoderConfig, PromptConfig
 from vpgtrans.errors import CheckpointError, IntegrityError, ReferenceError_
 from vpgtrans.files import sync
-from vpgtrans.llm import Fingerprint, embeddings_sha256, open_llm
+from vpgtrans.fingerprint import Fingerprint, check_base, embeddings_sha256
+from vpgtrans.llm import open_llm
 from vpgtrans.parts import load_strict, read_config, read_weights, save_part
 from vpgtrans.projector import Projector
 from vpgtrans.quantise import SUPPORTED, has_bitsandbytes
@@ -145,12 +146,13 @@ def _write_vlm(
 
 
 def _fingerprint(vlm: VLM, *, trained: bool) -> Fingerprint:
-    """Of the LLM as it is written: where it was trained in full, its table is no longer the reference's."""
+    """Of the LLM as it is written: where it was trained in full, its weights are no longer the reference's."""
     if not trained:
         return vlm.llm.fingerprint
     model: Any = vlm.language_model
     table = model.get_input_embeddings().weight
-    return replace(vlm.llm.fingerprint, embeddings_sha256=embeddings_sha256(table))
+    # the weights lie beside the manifest, which has their hash
+    return replace(vlm.llm.fingerprint, embeddings_sha256=embeddings_sha256(table), weights_sha256=None)
 
 
 def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
@@ -207,11 +209,13 @@ def load_vlm(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> VLM:
     """Open a VLM: a VLM directory, a run, or `registry:NAME`.
 
     Args:
         reference: as in the recipe. dtype: of the LLM, bf16 if None; the parts before it keep theirs.
+        force: take the LLM even if it is not the one that the projector was trained for.
 
     Raises:
         ReferenceError_: it doesn't resolve. CheckpointError: damaged. IntegrityError: the LLM is not the one that
@@ -231,27 +235,11 @@ def load_vlm(
         quantised = None
     llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantise=quantised)
     if not described["trained"]:
-        check_base(vision.fingerprint, llm.fingerprint, where=str(directory))
+        check_base(vision.fingerprint, llm.fingerprint, where=str(directory), force=force)
     if described["adapter"]:
         llm.model = open_adapter(llm.model, directory / "adapter")
     vlm = VLM(vision.vpg, vision.projector, llm, prompt=vision.prompt)
     return vlm.to(device).eval().requires_grad_(False)
-
-
-def check_base(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:
-    """Refuse an LLM that is not the one a projector and adapter were trained with.
-
-    Raises:
-        IntegrityError: naming every field that differs.
-    """
-    fields = ("architecture", "width", "layers", "vocabulary", "tokenizer_sha256", "embeddings_sha256")
-    odd = [
-        f"{field} is {getattr(found, field)}, must be {getattr(expected, field)}"
-        for field in fields
-        if getattr(expected, field) is not None and getattr(found, field) != getattr(expected, field)
-    ]
-    if odd:
-        raise IntegrityError(f"{where} belongs to another LLM than {found.reference}: {'; '.join(odd)}")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

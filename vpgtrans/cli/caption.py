@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vpgtrans.cli import console
-from vpgtrans.cli.options import Examples, device_option, json_option, trust_option
+from vpgtrans.cli.options import Examples, device_option, force_option, json_option, trust_option
 
 
 @click.command(
@@ -29,6 +29,7 @@ from vpgtrans.cli.options import Examples, device_option, json_option, trust_opt
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @device_option
 @trust_option
+@force_option
 @json_option
 def command(
     vlm: str,
@@ -38,6 +39,7 @@ def command(
     max_new_tokens: int,
     device: str,
     trust_remote_code: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Print a caption for each image.
@@ -53,6 +55,7 @@ def command(
         max_new_tokens=max_new_tokens,
         device=device,
         trust_remote_code=trust_remote_code,
+        force=force,
     )
     if as_json:
         console.print_json(found)

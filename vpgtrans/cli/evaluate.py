@@ -6,7 +6,7 @@ import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.data_source import read_keys, source_options
-from vpgtrans.cli.options import Examples, device_option, json_option, trust_option
+from vpgtrans.cli.options import Examples, device_option, force_option, json_option, trust_option
 
 
 @click.command(
@@ -32,6 +32,7 @@ from vpgtrans.cli.options import Examples, device_option, json_option, trust_opt
 )
 @device_option
 @trust_option
+@force_option
 @json_option
 @source_options
 def command(
@@ -41,6 +42,7 @@ def command(
     samples: int | None,
     device: str,
     trust_remote_code: bool,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -52,7 +54,13 @@ def command(
         from vpgtrans import runs
     keys = read_keys(options)
     found = runs.evaluate(
-        vlm, data=list(data), keys=keys, samples=samples, device=device, trust_remote_code=trust_remote_code
+        vlm,
+        data=list(data),
+        keys=keys,
+        samples=samples,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        force=force,
     )
     if as_json:
         console.print_json(found)

@@ -74,6 +74,13 @@ def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--force`."""
+    return click.option(
+        "--force", is_flag=True, help="Go on with an LLM that is not the one the checkpoint was made with."
+    )(function)
+
+
 def _known_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Whether it is there is found out with torch; a word that can't be one is refused at once."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value):

@@ -20,10 +20,11 @@ from vpgtrans.cli.options import Examples
     """,
 )
 @training.training_options
-def command(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
+@click.option("--force", is_flag=True, help="source.force=true: go on where the source's LLM is not quite its own.")
+def command(recipe: Path, overrides: tuple[str, ...], *, force: bool, **options: Any) -> None:
     """Move a VPG to the target LLM: convert its projector, warm it up, fine-tune, evaluate, report.
 
     KEY=VALUE overrides a key of the recipe: keys are dotted, list items are named by number (or a stage by its
     name), values are YAML.
     """
-    training.run("transfer", recipe, overrides, **options)
+    training.run("transfer", recipe, (*overrides, *(["source.force=true"] if force else [])), **options)

@@ -20,7 +20,7 @@ from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.packing import LengthKey, PackPlan, PlanKey, StreamPacker, pack
 from vpgtrans.errors import DataError, Dropped
 from vpgtrans.files import key_digest, read_arrays, write_arrays
-from vpgtrans.llm import tokenizer_sha256
+from vpgtrans.fingerprint import tokenizer_sha256
 from vpgtrans.progress import track
 from vpgtrans.prompts import Prompter
 from vpgtrans.references import cache_dir

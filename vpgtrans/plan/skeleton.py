@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpgtrans.config import ProjectorConfig, ResolutionConfig
+from vpgtrans.fingerprint import Fingerprint
 from vpgtrans.isolation import Isolation
-from vpgtrans.llm import Fingerprint, LanguageModel
+from vpgtrans.llm import LanguageModel
 from vpgtrans.projector import Projector
 from vpgtrans.segments import Segments
 from vpgtrans.token_loss import After

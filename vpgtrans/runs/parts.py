@@ -14,6 +14,7 @@ from vpgtrans.config import PromptConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.doctor import cpu_has_bf16
 from vpgtrans.errors import DataError, RecipeError, TransferError
+from vpgtrans.fingerprint import check_base
 from vpgtrans.llm import LanguageModel, WordEmbeddings, linears_of, open_config, open_llm, read_embeddings
 from vpgtrans.processes import local_rank
 from vpgtrans.projector import Projector
@@ -27,7 +28,7 @@ from vpgtrans.transfer.connector import TakenOver, exchange
 from vpgtrans.vision.importers import Outline, import_source, outline_source
 from vpgtrans.vision.vpg import VPG, build_vpg
 from vpgtrans.vlm import VLM
-from vpgtrans.vlm_directory import check_base, load_vision, load_vlm
+from vpgtrans.vlm_directory import load_vision, load_vlm
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def source_of(recipe: Recipe) -> Source:
     Raises:
         As `open_source`, and TransferError, RecipeError: its parts don't fit each other, or the new connector.
     """
-    source = open_source(recipe.source.vpg, seed=recipe.seed, trust_remote_code=recipe.source.trust_remote_code)
+    stated = recipe.source
+    source = open_source(stated.vpg, seed=recipe.seed, trust_remote_code=stated.trust_remote_code, force=stated.force)
     check_widths(source.vpg, source.projector)
     if recipe.target.connector is None:
         return source
@@ -78,8 +80,10 @@ def _exchanged(recipe: Recipe, vpg: VPG) -> tuple[VPG, TakenOver]:
     return vpg, taken
 
 
-def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = False) -> Source:
+def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = False, force: bool = False) -> Source:
     """Open a VLM directory, run or registry entry of ours, or import a BLIP-2 or LLaVA directory, or build a VPG.
+
+    force: read its words even if its LLM is not the one that it was trained with.
 
     Raises:
         ReferenceError_: it doesn't resolve. CheckpointError, IntegrityError: it is damaged.
@@ -93,16 +97,18 @@ def open_source(vpg: str | VPGConfig, *, seed: int, trust_remote_code: bool = Fa
     if found.kind == "vlm":
         vision = load_vision(vpg)
         llm = vision.fingerprint.reference
+        lineage: dict[str, Any] = {"source_vpg": vpg, "source_llm": llm, "parent": vision.manifest["lineage"]}
 
         def words() -> WordEmbeddings:
             # an LLM that was trained in full has words of its own, which lie beside the VPG
             trained = vision.manifest["llm"]["trained"]
             base = pinned(llm, vision.fingerprint.revision)
             read = read_embeddings(str(found.path / "llm") if trained else base, trust_remote_code=trust_remote_code)
-            check_base(vision.fingerprint, read.fingerprint, where=vpg)
+            forced = check_base(vision.fingerprint, read.fingerprint, where=vpg, force=force)
+            if forced:
+                lineage["forced"] = forced
             return read
 
-        lineage = {"source_vpg": vpg, "source_llm": llm, "parent": vision.manifest["lineage"]}
         return Source(vision.vpg, vision.projector, words, vision.prompt, lineage)
     imported = import_source(found.path, reference=vpg)
     return Source(
@@ -194,15 +200,15 @@ def open_target(recipe: Recipe, *, device: torch.device) -> LanguageModel:
     )
 
 
-def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False) -> VLM:
-    """A VLM to use; its LLM is in bf16 where the device is fast in it, else in float32.
+def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False, force: bool = False) -> VLM:
+    """A VLM to use; its LLM is in bf16 where the device is fast in it, else in float32. The rest as `load_vlm`.
 
     Raises:
         TransferError: the device isn't there. The rest as `load_vlm`.
     """
     where = pick_device(device)
     dtype = llm_dtype(TrainerConfig(), where)
-    vlm = load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    vlm = load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code, force=force)
     if where.type == "cuda":
         vlm.vpg.encoder.to(dtype)  # as where it was trained
     return vlm

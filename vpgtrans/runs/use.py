@@ -44,13 +44,14 @@ def caption(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> list[dict[str, str]]:
     """A caption for each image: `[{"image", "caption"}]`.
 
     Raises:
         ReferenceError_, CheckpointError: the VLM. DataError: an image can't be read.
     """
-    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force)
     written = opened.generate(list(images), prompt, max_new_tokens=max_new_tokens)
     return [{"image": str(image), "caption": text} for image, text in zip(images, written, strict=True)]
 
@@ -65,6 +66,7 @@ def evaluate(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
 
@@ -78,7 +80,7 @@ def evaluate(
         dataset, split = _dataset_and_split(name)
         named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
         sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
-    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code)
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force)
     found: dict[str, dict[str, Any]] = {}
     for name, mixture in sets.items():
         said = answer(opened, mixture, range(len(mixture)), max_new_tokens=max_new_tokens, with_loss=True)
