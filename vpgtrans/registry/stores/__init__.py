@@ -1,29 +1,35 @@
 """Where a checkpoint's files lie: directories and URLs through fsspec, OCI registries, the Hugging Face hub.
 
 A store moves bytes. It parses none of them, and trusts none: sizes and hashes are the caller's to compare.
+
+Credentials come from the environment or from the libraries' own log-in (`aws configure`, `docker login`, `hf auth
+login`, ~/.netrc), and no message names them: a URL is shown without what may be a secret in it.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vpgtrans.registry.entry import FileEntry
+from vpgtrans.errors import RegistryError
+from vpgtrans.registry.entry import FileEntry, safe_location
 
 
 class Store(Protocol):
     """One location of an entry."""
 
     def read(self, file: FileEntry, *, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from `start` on, a few hundred KB at a time; may end early, never sends more than it has.
+        """The bytes of a file from `start` on, some at a time; may end early, and may be more than declared.
 
         Raises:
             StoreError: it isn't there, the server doesn't answer, or answers with an error. `again` says if it may help
-                to ask once more.
+                to ask once more. IntegrityError: there is something else than a plain file.
         """
         ...
 
     def write(self, directory: Path, files: Sequence[FileEntry]) -> str:
         """Put files from below a directory into the store, all of them or none that anybody sees.
+
+        What an interrupted call left behind is no hindrance to the next.
 
         Returns:
             the location as an entry names it, pinned where the store can (a digest, a revision).
@@ -32,3 +38,51 @@ class Store(Protocol):
             StoreError: as of `read`; or there is something else under this name.
         """
         ...
+
+
+def open_store(location: str, *, index: str) -> Store:
+    """The store behind a location as an entry names it, or as `--to` does.
+
+    location: a path relative to the index, hf:ORG/REPO[@REVISION], oci:HOST/REPO[:TAG|@DIGEST] or a URL.
+    index: path or URL of the index that names it.
+
+    Raises:
+        RegistryError: it is none of these, or lies on this machine while the index doesn't. StoreError: what opens such
+            a location is not installed.
+    """
+    try:
+        safe_location(location)
+    except ValueError as error:
+        raise RegistryError(str(error)) from error
+    from vpgtrans.registry.stores.directory import DirectoryStore
+
+    scheme, colon, _ = location.partition(":")
+    if colon and scheme == "file":
+        if is_url(index):
+            raise RegistryError(f"{location}: an index at a URL can't name files of this machine")
+        return DirectoryStore.at(location)
+    if colon:
+        raise RegistryError(f"{location}: {scheme}: can't be opened yet")
+    return DirectoryStore(Path(index).resolve().parent, location)
+
+
+def is_url(place: str) -> bool:
+    """Whether an index lies elsewhere; a path of this machine otherwise."""
+    return "://" in place
+
+
+def location_of(directory: Path, *, index: str) -> str:
+    """A directory of this machine as an entry of an index names it: relative where it lies below the index's.
+
+    Raises:
+        RegistryError: it has a name that an entry can't hold, or the index lies elsewhere.
+    """
+    if is_url(index):
+        raise RegistryError(f"{directory}: an index at a URL can't name files of this machine")
+    place, home = directory.resolve(), Path(index).resolve().parent
+    below = place != home and place.is_relative_to(home)
+    location = place.relative_to(home).as_posix() if below else place.as_uri()
+    try:
+        return safe_location(location)
+    except ValueError as error:
+        raise RegistryError(str(error)) from error
