@@ -7,11 +7,15 @@ login`, ~/.netrc), and no message names them: a URL is shown without what may be
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 from vpgtrans.errors import RegistryError
-from vpgtrans.registry.entry import FileEntry, safe_location
+from vpgtrans.registry.entry import SCHEMES, FileEntry, safe_location
+from vpgtrans.registry.stores.limits import persistently, watched
+from vpgtrans.registry.stores.messages import shown
 
 
 class Store(Protocol):
@@ -54,16 +58,75 @@ def open_store(location: str, *, index: str) -> Store:
         safe_location(location)
     except ValueError as error:
         raise RegistryError(str(error)) from error
-    from vpgtrans.registry.stores.directory import DirectoryStore
-
     scheme, colon, _ = location.partition(":")
-    if colon and scheme == "file":
-        if is_url(index):
-            raise RegistryError(f"{location}: an index at a URL can't name files of this machine")
-        return DirectoryStore.at(location)
     if colon:
-        raise RegistryError(f"{location}: {scheme}: can't be opened yet")
-    return DirectoryStore(Path(index).resolve().parent, location)
+        if scheme == "file" and is_url(index):
+            raise RegistryError(f"{location}: an index at a URL can't name files of this machine")
+        return _open(scheme, location)
+    if not is_url(index):
+        from vpgtrans.registry.stores.directory import DirectoryStore
+
+        return DirectoryStore(Path(index).resolve().parent, location)
+    scheme, _, rest = index.partition("://")
+    if scheme in ("http", "https"):
+        rest, location = rest.partition("?")[0].partition("#")[0], quote(location)
+    return _open(scheme, f"{scheme}://{rest.rpartition('/')[0]}/{location}")
+
+
+def _open(scheme: str, url: str) -> Store:
+    # Each imported when it is needed: their libraries are large, and some are extras.
+    if scheme == "file":
+        from vpgtrans.registry.stores.directory import DirectoryStore
+
+        return DirectoryStore.at(url)
+    if scheme == "hf":
+        from vpgtrans.registry.stores.hub import HubStore
+
+        return HubStore(url)
+    if scheme == "oci":
+        from vpgtrans.registry.stores.oci import OciStore
+
+        return OciStore(url)
+    if scheme in ("http", "https"):
+        from vpgtrans.registry.stores.http import HttpStore
+
+        return HttpStore(url)
+    from vpgtrans.registry.stores.remote import RemoteStore
+
+    return RemoteStore(url)
+
+
+def read_small(url: str, limit: int) -> bytes:
+    """A whole file at a URL, such as an index.
+
+    Raises:
+        RegistryError: it is larger than `limit` bytes, or no kind of URL that a store reads. StoreError: as of
+            `Store.read`.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in set(SCHEMES) - {"hf", "oci", "file"}:
+        raise RegistryError(
+            f"{shown(url)}: write the URL of an index with one of: http://, https://, s3://, gs://, az://"
+        )
+    if scheme in ("http", "https"):
+        from vpgtrans.registry.stores.http import fetch
+
+        start = partial(fetch, url)
+    else:
+        from vpgtrans.registry.stores.remote import RemoteStore
+
+        directory, _, name = url.rpartition("/")
+        start = partial(RemoteStore(directory).read_path, name, most=limit + 1)
+
+    def read() -> bytes:
+        content = bytearray()
+        for piece in watched(start, what=shown(url)):
+            content += piece
+            if len(content) > limit:
+                raise RegistryError(f"{shown(url)} is larger than {limit:,} bytes, which no index is")
+        return bytes(content)
+
+    return persistently(read)
 
 
 def is_url(place: str) -> bool:
