@@ -4,13 +4,24 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -46,6 +57,18 @@ def track(items: Iterable[T], title: str, *, total: int | None = None) -> Iterat
         for item in items:
             yield item
             progress.advance(task)
+
+
+@contextmanager
+def transfer(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for bytes that come; the function that is given takes how many have."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task(escape(title), total=total)
+        yield lambda count: progress.update(task, completed=count)
 
 
 # --- a run under way ----------------------------------------------------------------------------

@@ -219,11 +219,13 @@ def _file_kind(reference: str, path: Path) -> Kind:
 
 
 def _resolve_registry(reference: str, name: str) -> Resolved:
-    # Imported here: the registry's own locations are references, so the two modules need each other.
-    from vpgtrans.registry.index import find, resolve_entry
+    # Imported here: the registry keeps what it pulls in this module's cache, so the two need each other.
+    from vpgtrans.registry.index import find
+    from vpgtrans.registry.pull import pull
 
-    kind, path = _classify(reference, resolve_entry(name))
-    return Resolved(reference, path, kind, find(name).entry.version)
+    entry, index = find(name)
+    kind, path = _classify(reference, pull(entry, index=index))
+    return Resolved(reference, path, kind, entry.version)
 
 
 # --- the hub ------------------------------------------------------------------------------------

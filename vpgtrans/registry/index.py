@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from vpgtrans.errors import IntegrityError, ReferenceError_, RegistryError, StoreError
+from vpgtrans.errors import IntegrityError, RegistryError, StoreError
 from vpgtrans.files import appearing
-from vpgtrans.references import cache_dir, digest, resolve
+from vpgtrans.references import cache_dir, digest
 from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index
 from vpgtrans.registry.strict_yaml import MAX_BYTES, Where, parse
 
@@ -290,43 +290,6 @@ def _explain(error: ValidationError, document: Any, *, place: str, lines: dict[W
 
 
 # --- getting an entry ---------------------------------------------------------------------------
-
-
-def resolve_entry(name: str) -> Path:
-    """A local directory of the entry, every file's size and sha256 checked.
-
-    Raises RegistryError for an unknown entry or one that no location has, IntegrityError naming the file
-    that is missing or differs.
-    """
-    entry, place = find(name)
-    if entry.status == "yanked":
-        log.warning("%s was yanked: %s", entry.name, entry.reason)
-    tried = []
-    for location in entry.locations:
-        try:
-            directory = _locate(Path(place), location)
-        except ReferenceError_ as error:
-            tried.append(str(error))
-            continue
-        verify_files(directory, entry.files, name=entry.name)
-        return directory
-    raise RegistryError(f"{place}: {entry.name} can't be reached. Tried: {'; '.join(tried)}")
-
-
-def _locate(index: Path, location: str) -> Path:
-    if location.startswith("hf:"):
-        found = resolve(location)
-        return found.path if found.path.is_dir() else found.path.parent
-    root = index.resolve().parent
-    directory = root / location
-    if not directory.is_dir():
-        raise ReferenceError_(f"{directory} (no such directory)")
-    if not directory.resolve().is_relative_to(root):
-        raise IntegrityError(f"{index}: the location {location} leads out of {root} through a link")
-    for path in directory.rglob("*"):
-        if path.is_symlink():
-            raise IntegrityError(f"{index}: {path} is a link; an entry holds plain files only")
-    return directory
 
 
 def verify_files(directory: Path, files: tuple[FileEntry, ...], *, name: str) -> None:
