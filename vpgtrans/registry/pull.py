@@ -26,6 +26,7 @@ from vpgtrans.registry.entry import Entry, FileEntry
 from vpgtrans.registry.safetensors_header import header_of
 from vpgtrans.registry.stores import Store, open_store
 from vpgtrans.registry.stores.limits import persistently, watched
+from vpgtrans.registry.stores.messages import shown
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class _Copy:
             try:
                 store = open_store(location, index=index)
                 while missing:
-                    self._fetch(store, missing[0])
+                    self._fetch(store, missing[0], place=f"{shown(location)}: {missing[0].path}")
                     del missing[0]
                 break
             except (IntegrityError, RegistryError, StoreError) as error:
@@ -184,12 +185,12 @@ class _Copy:
                 "$VPGTRANS_CACHE names another place"
             )
 
-    def _fetch(self, store: Store, file: FileEntry) -> None:
+    def _fetch(self, store: Store, file: FileEntry, *, place: str) -> None:
         """One file from one location: as often as it takes, and anew where what lay here already was wrong."""
         fresh = not os.path.lexists(self.root / self.staging / "part" / file.sha256)
         while True:
             try:
-                persistently(partial(self._stream, store, file), came=lambda: self.came)
+                persistently(partial(self._stream, store, file, place), came=lambda: self.came)
                 break
             except IntegrityError:
                 with suppress(FileNotFoundError):
@@ -200,13 +201,12 @@ class _Copy:
         self._move(f"part/{file.sha256}", f"whole/{file.path}")
         self._report(whole=file.size)
 
-    def _stream(self, store: Store, file: FileEntry) -> None:
+    def _stream(self, store: Store, file: FileEntry, place: str) -> None:
         """What is missing of a file, hashed while it comes; never more than it should have.
 
         Raises:
             IntegrityError: it is larger, smaller or another one. StoreError: as of `Store.read`.
         """
-        what = f"{self.entry.name}: {file.path}"
         descriptor = below.open_file(self.root, f"{self.staging}/part/{file.sha256}", os.O_RDWR | os.O_CREAT)
         with open(descriptor, "r+b", buffering=0) as stream:
             sha256, size = hashlib.sha256(), 0
@@ -214,19 +214,19 @@ class _Copy:
                 sha256.update(piece)
                 size += len(piece)
             if size < file.size:
-                for piece in watched(partial(store.read, file, start=size), what=what):
+                for piece in watched(partial(store.read, file, start=size), what=place):
                     size += len(piece)
                     self.came += len(piece)
                     if size > file.size:
-                        raise IntegrityError(f"{what} is larger than the {file.size:,} bytes that the index says")
+                        raise IntegrityError(f"{place} is larger than the {file.size:,} bytes that the index says")
                     _write(stream.fileno(), piece)
                     sha256.update(piece)
                     self._report(part=size)
                 os.fsync(stream.fileno())
         if size != file.size:
-            raise IntegrityError(f"{what} has {size:,} bytes, the index says {file.size:,}")
+            raise IntegrityError(f"{place} has {size:,} bytes, the index says {file.size:,}")
         if sha256.hexdigest() != file.sha256:
-            raise IntegrityError(f"{what} has sha256 {sha256.hexdigest()}, the index says {file.sha256}")
+            raise IntegrityError(f"{place} has sha256 {sha256.hexdigest()}, the index says {file.sha256}")
 
     def _look_into(self) -> None:
         """Weights are safetensors, whatever an index calls a file."""

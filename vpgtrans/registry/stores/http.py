@@ -140,12 +140,12 @@ def _host(url: str) -> tuple[str, str | None, int | None]:
 
 def _may_follow(url: str, onward: str, redirects: Redirects) -> None:
     here, there = _host(url), _host(onward)
+    if there[0] not in ("http", "https") or (here[0] == "https" and there[0] != "https"):
+        raise StoreError(f"{shown(url)}: redirects from {here[0]} to {there[0]}")
     if redirects == "same host" and here != there:
         raise StoreError(
             f"{shown(url)}: redirects to another host, {there[0]}://{there[1]}; name that one as the location"
         )
-    if there[0] not in ("http", "https") or (here[0] == "https" and there[0] != "https"):
-        raise StoreError(f"{shown(url)}: redirects from {here[0]} to {there[0]}")
 
 
 def check(response: "requests.Response", url: str, *, login: str | None = None) -> None:

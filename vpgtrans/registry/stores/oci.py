@@ -9,12 +9,14 @@ needs no manifest: the index knows each file's sha256, which is its name in the 
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from vpgtrans.errors import RegistryError, StoreError, VpgTransError
 from vpgtrans.registry.entry import FileEntry
@@ -52,10 +54,13 @@ class OciStore:
             # A request of oras's own, since it gets the token that a registry wants.
             self._expect(registry.get_blob(self._container, blob, head=True), file.path)
             url = f"{registry.prefix}://{self._container.get_blob_url(blob)}"
+
+        def authorise(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+            request.headers.update(_credentials(registry))
+            return request
+
         # Many keep their blobs on other hosts. The sha256 says whether what these send is the blob.
-        yield from http.fetch(
-            url, start=start, redirects="any host", session=registry.session, authorise=_authorise(registry)
-        )
+        yield from http.fetch(url, start=start, redirects="any host", session=registry.session, authorise=authorise)
 
     def write(self, directory: Path, files: Sequence[FileEntry]) -> str:
         """Blobs first: they are part of nothing until the manifest names them."""
@@ -117,9 +122,15 @@ def _connect(host: str, container: "Container") -> "Registry":
     from oras.provider import Registry
 
     class Patient(Registry):
-        def do_request(self, *arguments: Any, **options: Any) -> "requests.Response":
-            # The library repeats for two minutes, and sends what is left of a file for the whole.
-            return Registry.do_request.__wrapped__(self, *arguments, **options)
+        def do_request(
+            self, url: str, method: str = "GET", data: Any = None, headers: Any = None, **options: Any
+        ) -> "requests.Response":
+            headers = dict(headers or {})
+            if urlsplit(url).netloc == self.hostname:
+                # At once, since a file is sent once: the library asks without credentials first.
+                headers |= _credentials(self)
+            # Without the library's repeats, which go on for two minutes and send what is left of a file for the whole.
+            return Registry.do_request.__wrapped__(self, url, method, data, headers, **options)
 
         def put_upload(self, blob: str, container: "Container", layer: dict[str, Any]) -> "requests.Response":
             # The library's reads the whole file into memory.
@@ -140,19 +151,18 @@ def _connect(host: str, container: "Container") -> "Registry":
     basic = asked.headers.get("WWW-Authenticate", "").lower().startswith("basic")
     registry = Patient(host, insecure=insecure, auth_backend="basic" if basic else "token")
     registry.session = registry.auth.session = session
-    registry.auth.load_configs(container)
+    # oras looks into ~/.docker only.
+    theirs = Path(os.environ.get("DOCKER_CONFIG", "")) / "config.json"
+    registry.auth.load_configs(container, configs=[str(theirs)] if theirs.is_absolute() and theirs.is_file() else None)
     if basic and not hasattr(registry.auth, "_basic_auth"):
         raise StoreError(f"oci:{host}: wants credentials; docker login {host}")
     return registry
 
 
-def _authorise(registry: "Registry") -> http.Authorise:
-    def put_in(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-        if getattr(registry.auth, "token", None) or hasattr(registry.auth, "_basic_auth"):
-            request.headers.update(registry.auth.get_auth_header())
-        return request
-
-    return put_in
+def _credentials(registry: "Registry") -> dict[str, str]:
+    """The header that the registry has taken, or takes; empty before it was asked, and where it wants none."""
+    known = getattr(registry.auth, "token", None) or hasattr(registry.auth, "_basic_auth")
+    return registry.auth.get_auth_header() if known else {}
 
 
 def _manifest(files: Sequence[FileEntry]) -> bytes:
