@@ -14,7 +14,7 @@ class ShareHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
         if version != "standard":
             return
-        for name in ("recipes", "checkpoints", "checkpoints_registry.yaml"):
+        for name in ("recipes", "checkpoints", "checkpoints_registry.yaml", "checkpoints_registry.schema.json"):
             source = Path(self.root) / name
             if source.exists():
                 build_data["force_include"][str(source)] = f"vpgtrans/share/{name}"

@@ -1,6 +1,7 @@
 """What a registry says of a checkpoint: the types of an entry, and the JSON schema that is made from them.
 
-Reading an index into these types parses text and nothing else: no file that an entry names is opened.
+Reading an index into these types parses text and nothing else: no file that an entry names is opened. The schema's file
+is made by `python -m vpgtrans.registry.entry > checkpoints_registry.schema.json`.
 """
 
 import json
@@ -46,7 +47,7 @@ Text = Annotated[str, Field(max_length=20_000)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def safe_path(path: str) -> str:
@@ -284,4 +285,8 @@ class Index(_Part):
 def json_schema() -> str:
     """The schema of a registry file, for editors and other people's tools."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Index.model_json_schema()
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(schema, indent=2, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    print(json_schema())
