@@ -29,6 +29,8 @@ from vpgtrans.errors import CheckpointError
 from vpgtrans.parts import check_fit
 
 ADAPTER_MODULES = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""peft's name for the tensors beside `adapter_config.json`."""
 _WRAPPED = "base_layer"
 """What peft calls a layer inside the one that adapts it."""
 
@@ -110,10 +112,24 @@ def open_adapter(model: Any, directory: Path) -> Any:
     Raises:
         CheckpointError: the directory can't be read, or its tensors are not those that its config asks for.
     """
+    adapted = fresh_adapter(model, directory)
+    try:
+        state = load_file(directory / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: not a readable adapter ({error})") from error
+    put_adapter(adapted, state, where=str(directory))
+    return adapted
+
+
+def fresh_adapter(model: Any, directory: Path) -> Any:
+    """The PeftModel of a base model with an untrained adapter, as the config in an adapter's directory says.
+
+    Raises:
+        CheckpointError: the config can't be read, or names layers that the model hasn't.
+    """
     try:
         config = PeftConfig.from_pretrained(str(directory))
-        state = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{directory}: not a readable adapter ({error})") from error
     config.inference_mode = True
     # What it names is where the base lay when it was trained; whether this is the same base is checked before.
@@ -121,8 +137,6 @@ def open_adapter(model: Any, directory: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = get_peft_model(model, config)
+            return get_peft_model(model, config)
     except ValueError as error:  # its target modules are not in this model
         raise CheckpointError(f"{directory}: the adapter does not fit {type(model).__name__}: {error}") from error
-    put_adapter(adapted, state, where=str(directory))
-    return adapted

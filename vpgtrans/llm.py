@@ -231,6 +231,12 @@ def max_tokens_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def open_skeleton(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """A causal LLM whose parameters have shapes and no values: they are on the meta device. No weights are read."""
+    config = open_config(reference, trust_remote_code=trust_remote_code)
+    return _skeleton(reference, config, trust_remote_code=trust_remote_code).requires_grad_(False)
+
+
 def linears_of(reference: str, *, trust_remote_code: bool = False) -> tuple[list[tuple[str, int]], list[str]]:
     """Names and input widths of the linear layers of an LLM's blocks; names of the others. No weights are read."""
     config = open_config(reference, trust_remote_code=trust_remote_code)

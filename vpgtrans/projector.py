@@ -109,17 +109,22 @@ class Projector(nn.Module):
         Raises:
             CheckpointError: the config is malformed, or a tensor is missing, extra or mis-shaped.
         """
+        projector = cls.described(directory)
+        state = read_weights(directory)
+        projector.to(dtype or stored_dtype(state))
+        load_strict(projector, state, where=str(directory))
+        return projector.eval()
+
+    @classmethod
+    def described(cls, directory: str | Path) -> "Projector":
+        """One with random weights, as the config that `save` wrote says. Raises CheckpointError: it is malformed."""
         written = read_config(directory)
         try:
             config = ProjectorConfig.model_validate(written["projector"])
             widths = {key: int(written[key]) for key in ("width_in", "width_out", "norm_width")}
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise CheckpointError(f"{directory}/config.json is no projector's config: {error}") from error
-        state = read_weights(directory)
-        projector = cls(config, widths["width_in"], widths["width_out"], norm_width=widths["norm_width"])
-        projector.to(dtype or stored_dtype(state))
-        load_strict(projector, state, where=str(directory))
-        return projector.eval()
+        return cls(config, widths["width_in"], widths["width_out"], norm_width=widths["norm_width"])
 
 
 def load_projector(directory: str | Path, *, dtype: torch.dtype | None = None) -> Projector:

@@ -169,6 +169,31 @@ def print_pairs(pairs: Mapping[str, Any], *, title: str | None = None) -> None:
         print_rows(rows, title=key.replace("_", " "))
 
 
+Branch = tuple[str, Sequence["Branch"]]
+"""A line, and what hangs on it."""
+
+
+def print_tree(root: Branch) -> None:
+    """Lines that hang on others."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def grow(tree: Tree, branches: Sequence[Branch]) -> Tree:
+        for line, below in branches:
+            grow(tree.add(Text(line)), below)
+        return tree
+
+    _render(grow(Tree(Text(root[0])), root[1]))
+
+
+def print_markdown(text: str) -> None:
+    """Markdown by anybody: a link shows where it leads, and no control character reaches the terminal."""
+    from rich.markdown import Markdown
+
+    printable = "".join(character for character in text if character == "\n" or character.isprintable())
+    _render(Markdown(printable, hyperlinks=False))
+
+
 def print_line(text: str) -> None:
     """A line of plain words on stdout."""
     click.echo(text)

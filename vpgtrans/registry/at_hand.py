@@ -1,0 +1,38 @@
+"""What of an entry lies on this machine already: nothing is fetched, and its hash is compared before it is shown."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from vpgtrans.errors import IntegrityError
+from vpgtrans.registry.below import open_file
+from vpgtrans.registry.entry import Entry
+from vpgtrans.registry.index import is_url
+
+CARD = "README.md"
+_MOST = 1 << 20
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def read_card(entry: Entry, *, index: str) -> str | None:
+    """The text of an entry's card without the hub's front matter; None where it isn't at hand, or was altered."""
+    file = next((file for file in entry.files if file.path == CARD and file.size <= _MOST), None)
+    if file is None:
+        return None
+    for directory in _places(entry, index):
+        try:
+            with os.fdopen(open_file(directory, CARD), "rb") as stream:
+                data = stream.read(file.size + 1)
+        except (OSError, IntegrityError):
+            continue
+        if hashlib.sha256(data).hexdigest() == file.sha256:
+            text = data.decode("utf-8", errors="replace")
+            return _FRONT_MATTER.sub("", text, count=1)
+    return None
+
+
+def _places(entry: Entry, index: str) -> list[Path]:
+    """Directories that may hold an entry's files: where a local index says, then the cache."""
+    home = [] if is_url(index) else [Path(index).resolve().parent]
+    return [directory / location for directory in home for location in entry.locations if ":" not in location]
