@@ -83,9 +83,7 @@ def _print_facts(entry: "Entry", place: str) -> None:
             }
             for metric in entry.metrics
         ],
-        "files": [
-            {"path": file.path, "bytes": file.size, "sha256": f"{file.sha256[:16]}…"} for file in entry.files
-        ],
+        "files": [{"path": file.path, "bytes": file.size, "sha256": f"{file.sha256[:16]}…"} for file in entry.files],
     }
     console.print_pairs({key: value for key, value in pairs.items() if value}, title=entry.name)
 
