@@ -188,10 +188,13 @@ def print_tree(root: Branch) -> None:
 
 def print_markdown(text: str) -> None:
     """Markdown by anybody: a link shows where it leads, and no control character reaches the terminal."""
+    from rich.console import Console
     from rich.markdown import Markdown
 
     printable = "".join(character for character in text if character == "\n" or character.isprintable())
-    _render(Markdown(printable, hyperlinks=False))
+    # prose has no width of its own, so a redirected one gets a page's
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    Console(width=width).print(Markdown(printable, hyperlinks=False))
 
 
 def print_line(text: str) -> None:

@@ -29,7 +29,7 @@ def command(name: str, *, index: str | None, as_json: bool) -> None:
     """
     with console.loading():
         from vpgtrans.registry.ancestry import ancestry
-        from vpgtrans.registry.at_hand import read_card
+        from vpgtrans.registry.card import read_card
         from vpgtrans.registry.index import find, shown
     entry, place = find(name.removeprefix("registry:"), index=index)
     if as_json:
@@ -72,7 +72,7 @@ def _print_facts(entry: "Entry", place: str) -> None:
         "prompt": repr(interface.prompt),
         "licence": entry.licence.spdx,
         "of its bases": licences or None,
-        "data": [_joined(data.name, data.split, data.licence or "licence unknown") for data in entry.data],
+        "data": [f"{_joined(data.name, data.split)} ({data.licence or 'licence unknown'})" for data in entry.data],
         "metrics": [
             {
                 "data": _joined(metric.data, metric.split, sep=":"),

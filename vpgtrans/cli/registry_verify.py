@@ -40,7 +40,7 @@ def command(
         from vpgtrans.references import resolve
         from vpgtrans.registry.index import find
         from vpgtrans.registry.pull import pull
-        from vpgtrans.registry.verify import verify
+        from vpgtrans.registry.verify import passed, verify
     entry = None
     if Path(checkpoint).expanduser().is_dir():
         directory = resolve(checkpoint).path
@@ -48,9 +48,8 @@ def command(
         entry, place = find(checkpoint.removeprefix("registry:"), index=index)
         directory = pull(entry, index=place)
     checks = verify(directory, entry=entry, against=against, trust_remote_code=trust_remote_code)
-    fine = all(check.fine or not check.asked for check in checks) and checks[0].fine
     if as_json:
-        console.print_json({"checkpoint": checkpoint, "path": str(directory), "ok": fine,
+        console.print_json({"checkpoint": checkpoint, "path": str(directory), "ok": passed(checks),
                             "checks": [check.to_json() for check in checks]})  # fmt: skip
     else:
         console.print_rows(
@@ -64,5 +63,5 @@ def command(
             ],
             title=entry.name if entry else str(directory),
         )
-    if not fine:
+    if not passed(checks):
         context.exit(4)

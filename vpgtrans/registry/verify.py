@@ -95,6 +95,11 @@ def verify(
     return [*checks, *([says] if entry is not None else []), *([fits] if against is not None else [])]
 
 
+def passed(checks: Iterable[Check]) -> bool:
+    """Whether nothing speaks against a checkpoint."""
+    return not any(check.problems for check in checks)
+
+
 # --- the questions ------------------------------------------------------------------------------
 
 
@@ -115,8 +120,8 @@ def _compared(directory: Path, entry: Entry) -> Iterator[str]:
         if path.is_symlink():
             yield f"{path} is a link; an entry holds plain files only"
     for file in entry.files:
-        path = present.pop(file.path, None)
-        if path is None or not path.is_file():
+        path = present.pop(file.path, directory / file.path)
+        if not path.is_file():
             yield f"{file.path} is missing"
         elif (size := path.stat().st_size) != file.size:
             yield f"{file.path} has {size:,} bytes, must have {file.size:,}"

@@ -1,14 +1,16 @@
-"""What of an entry lies on this machine already: nothing is fetched, and its hash is compared before it is shown."""
+"""An entry's card, where it lies on this machine: nothing is fetched, and its hash is compared before it is shown."""
 
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from vpgtrans.errors import IntegrityError
 from vpgtrans.registry.below import open_file
 from vpgtrans.registry.entry import Entry
 from vpgtrans.registry.index import is_url
+from vpgtrans.registry.pull import at_hand
 
 CARD = "README.md"
 _MOST = 1 << 20
@@ -32,7 +34,10 @@ def read_card(entry: Entry, *, index: str) -> str | None:
     return None
 
 
-def _places(entry: Entry, index: str) -> list[Path]:
+def _places(entry: Entry, index: str) -> Iterator[Path]:
     """Directories that may hold an entry's files: where a local index says, then the cache."""
-    home = [] if is_url(index) else [Path(index).resolve().parent]
-    return [directory / location for directory in home for location in entry.locations if ":" not in location]
+    if not is_url(index):
+        home = Path(index).resolve().parent
+        yield from (home / location for location in entry.locations if ":" not in location)
+    if (pulled := at_hand(entry)) is not None:
+        yield pulled
