@@ -143,11 +143,14 @@ MALFORMED = [
     ("# nothing yet\n", "an index without format_version"),
     ("entries: []\n", "an index without format_version"),
     ("format_version: 1\nentries: []\n", "an index of format_version '1'; this vpgtrans reads"),
-    ("format_version: 3\n", "an index of format_version '3'"),
+    (
+        "format_version: 3\n",
+        "an index of format_version '3'; this vpgtrans reads format_version: 2, a newer one reads it",
+    ),
     ("format_version: '2'\n", "an index of format_version '2'"),
     ("- a\n", ":1: the document: "),
-    ("format_version: 2\nentry: []\n", ":2: entry: "),
-    ("format_version: 2\nentries: [{id: owl}]\n", ":2: owl.version: Field required"),
+    ("format_version: 2\nentry: []\n", ":2: entry: is no key of an index; did you mean entries?"),
+    ("format_version: 2\nentries: [{id: owl}]\n", ":2: owl.version: is missing"),
     ("format_version: 2\nentries:\n  - 3\n", ":3: entry 1: "),
     ("format_version: 2\nentries: {}\n", ":2: entries: "),
 ]

@@ -282,6 +282,12 @@ class Index(_Part):
     """None where `entries:` stands alone."""
 
 
+def entry_keys() -> list[str]:
+    """Every key that may stand somewhere in a registry file."""
+    schema = Index.model_json_schema()
+    return sorted({key for each in (schema, *schema["$defs"].values()) for key in each.get("properties", {})})
+
+
 def json_schema() -> str:
     """The schema of a registry file, for editors and other people's tools."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Index.model_json_schema()

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from vpgtrans.errors import IntegrityError, RegistryError, StoreError
 from vpgtrans.files import appearing
 from vpgtrans.references import cache_dir, digest
-from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index
+from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index, entry_keys
 from vpgtrans.registry.strict_yaml import MAX_BYTES, Where, parse
 
 log = logging.getLogger(__name__)
@@ -248,10 +248,9 @@ def parse_index(data: bytes, *, place: str) -> tuple[Entry, ...]:
     version = document.get("format_version") if isinstance(document, dict) else None
     if document is None or (isinstance(document, dict) and version != FORMAT_VERSION):
         stated = "without format_version" if version is None else f"of format_version {str(version)[:40]!r}"
-        raise RegistryError(
-            f"{place}: an index {stated}; this vpgtrans reads format_version: {FORMAT_VERSION}, which stands before "
-            "`entries:`"
-        )
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        hint = "a newer one reads it" if newer else "which stands before `entries:`"
+        raise RegistryError(f"{place}: an index {stated}; this vpgtrans reads format_version: {FORMAT_VERSION}, {hint}")
     try:
         # as JSON, where pydantic takes a list for a tuple and yet no text for a number
         entries = Index.model_validate_json(json.dumps(document), strict=True).entries or ()
@@ -281,7 +280,12 @@ def _explain(error: ValidationError, document: Any, *, place: str, lines: dict[W
             id = entry.get("id") if isinstance(entry, dict) else None
             steps[:2] = [id[:96] if isinstance(id, str) and id else f"entry {path[1] + 1}"]
         said = finding["msg"].removeprefix("Value error, ")
-        if finding["type"] == "string_type":
+        if finding["type"] == "missing":
+            said = "is missing"
+        elif finding["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(path[-1]), entry_keys(), n=1)
+            said = f"is no key of an index; did you mean {near[0]}?" if near else "is no key of an index"
+        elif finding["type"] == "string_type":
             said += ", in quotes where it looks like a number"
         clauses.append(f"{place}:{line}: {'.'.join(steps) or 'the document'}: {said}")
     if len(findings) > _SHOWN:
