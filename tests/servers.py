@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
 from urllib.parse import unquote, urlsplit
 
 HTTP_WAYS = (
@@ -30,16 +31,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         self.server.headers_seen.append(dict(self.headers))
-        _, way, name = unquote(urlsplit(self.path).path).split("/", 2)
+        way, _, name = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
         body = self.server.files.get(name)
-        if body is None and way == "plain":
-            self._answer(404)
+        if way == "plain" and body is not None:
+            self._send(body)
         elif way == "plain":
-            self._send(body or b"")
+            self._answer(404)
         else:
+            serve = getattr(self, "way_" + way.replace("-", "_"), self.way_fuzz)
             with suppress(OSError):
-                getattr(self, "way_" + way.replace("-", "_"))(name, body or b"")
+                serve(name, body or b"")
             self.close_connection = True
+
+    do_HEAD = do_GET  # what asks so is no friend of bodies either
 
     def _answer(self, status: int, **headers: str) -> None:
         self.send_response(status)
@@ -186,8 +190,56 @@ class _Handler(BaseHTTPRequestHandler):
     def way_closed(self, name: str, body: bytes) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
 
+    def way_fuzz(self, name: str, body: bytes) -> None:
+        """An answer drawn at random; what asks for any other address gets one, too."""
+        self.wfile.write(fuzzed_answer(self.server.random, body))
+        if self.server.random.random() < 0.05:
+            self.server.over.wait(2)
+
     def log_message(self, format: str, *arguments: object) -> None:
         pass
+
+
+def fuzzed_answer(random: Random, body: bytes) -> bytes:
+    """An HTTP answer that is wrong in a few places, or in none."""
+    statuses = ["200 OK", "206 X", "301 X", "302 X", "307 X", "401 X", "404 X", "416 X", "429 X", "500 X", "999 X", ""]
+    numbers = ("-1", "0", "1", str(len(body)), str(1 << 63), "x", "1, 2", "0x10", "")
+    urls = [
+        "/plain/f",
+        "//",
+        "http://[",
+        "http://127.0.0.1:1/",
+        "file:///etc/passwd",
+        "ftp://x/",
+        "\x00",
+        "//x@y",
+        "http:",
+    ]
+    fields = {
+        "Content-Length": numbers,
+        "Content-Range": ("bytes 0-0/1", f"bytes 0-{len(body)}/*", "bytes */*", "bytes -1-", "x", ""),
+        "Transfer-Encoding": ("chunked", "gzip, chunked", "x", "chunked, chunked"),
+        "Content-Encoding": ("gzip", "br", "zstd", "identity", "x" * 1000),
+        "Location": urls,
+        "WWW-Authenticate": (
+            'Bearer realm="http://127.0.0.1:1/"', 'Bearer realm="file:///etc/passwd"', "Basic", "Bearer", "x" * 5000,
+        ),
+        "Content-Type": ("application/json", "text/html", "x"),
+        "ETag": ('"x"', ""),
+        "Retry-After": ("0", "-1", "1e999", "100000"),
+        "Set-Cookie": ("a=b; domain=.", "x" * 9000),
+    }  # fmt: skip
+    lines = [f"HTTP/1.{random.randrange(3)} {random.choice(statuses)}"]
+    for name in random.sample(sorted(fields), random.randrange(5)):
+        lines.append(f"{name}: {random.choice(fields[name])}")
+    if random.random() < 0.5:
+        lines.append(f"Content-Length: {len(body)}")
+    chunks = (b"5\r\n12345\r\n0\r\n\r\n", b"ffffffffffff\r\n", b"-5\r\n")
+    rest = random.choice((body, body[:-1], body * 2, b"", b"<Error/>", *chunks))
+    answer = bytearray("\r\n".join(lines).encode() + b"\r\n\r\n" + rest)
+    for _ in range(random.choice((0, 0, 1, 5))):
+        answer[random.randrange(len(answer))] = random.randrange(256)
+    return bytes(answer)
 
 
 class HttpServer(ThreadingHTTPServer):
@@ -205,6 +257,7 @@ class HttpServer(ThreadingHTTPServer):
         self.seen: set[str] = set()
         self.counts: dict[str, int] = {}
         self.over = threading.Event()
+        self.random = Random(0)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from vpgtrans.errors import RegistryError
 from vpgtrans.registry.entry import SCHEMES, FileEntry, safe_location
@@ -56,8 +56,9 @@ def open_store(location: str, *, index: str) -> Store:
     """
     try:
         safe_location(location)
+        _ = urlsplit(location).port  # which raises for none that there is
     except ValueError as error:
-        raise RegistryError(str(error)) from error
+        raise RegistryError(f"{shown(location)!r} is no location: {error}") from error
     scheme, colon, _ = location.partition(":")
     if colon:
         if scheme == "file" and is_url(index):

@@ -5,6 +5,7 @@ Nothing is decompressed: what an index declares is what the server sends, so a s
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urljoin, urlsplit
@@ -104,7 +105,7 @@ def reaching(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
         silent = isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError)
         why = f"no answer within {patience():g} seconds" if silent else reason(error)
         # What is wrong with the URL itself stays wrong.

@@ -19,7 +19,10 @@ def shown(url: str) -> str:
     """A URL without user, password and query. A path stays as it is."""
     if "://" not in url:
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return scrubbed(url)
     query = "?…" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
 
