@@ -58,7 +58,7 @@ def open_store(location: str, *, index: str) -> Store:
         safe_location(location)
         _ = urlsplit(location).port  # which raises for none that there is
     except ValueError as error:
-        raise RegistryError(f"{shown(location)!r} is no location: {error}") from error
+        raise RegistryError(f"{shown(location)[:200]!r} is no location: {error}") from error
     scheme, colon, _ = location.partition(":")
     if colon:
         if scheme == "file" and is_url(index):
