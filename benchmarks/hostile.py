@@ -144,13 +144,12 @@ ODD_PARTS = (
 def paths(box: Sandbox) -> Case:
     """A file's path that leads out, or that no system has."""
     files = box.some_files()
-    parts = box.draw.choices(ODD_PARTS, k=box.draw.randint(1, 4))
-    if not {"..", "/", "", "C:", "\0", "../" * 9, "/etc/passwd"} & set(parts):
-        parts.append("..")
-    path = "/".join(parts)
+    path = "/".join(box.draw.choices(ODD_PARTS, k=box.draw.randint(1, 4)))
+    path += box.draw.choice(("", ".json", ".safetensors", ".py", ".pkl"))
     listed = json.loads(box.index(files))["entries"][0]["files"]
-    listed[-1]["path"] = path + box.draw.choice(("", ".json", ".safetensors", ".py", ".pkl"))
-    return Case(box.index(files, files=listed), {}, (2,))
+    listed[-1]["path"] = path
+    out = {"", ".", ".."} & set(path.split("/")) or set(path) & set("\\:\0\n\u202e\ud800")
+    return Case(box.index(files, files=listed), {}, (2,) if out else (1, 2, 4))
 
 
 def locations(box: Sandbox) -> Case:
@@ -232,10 +231,11 @@ def claims(box: Sandbox) -> Case:
         one["size"] = max(0, one["size"] + box.draw.choice((-1, 1, -70_000, 70_000, 1 << 40, 1 << 62)))
     else:
         one["sha256"] = hashlib.sha256(box.draw.randbytes(8)).hexdigest()
-    wrong_hash = hashlib.sha256(files[one["path"]]).hexdigest() != one["sha256"]
-    wrong = wrong_hash or len(files[one["path"]]) != one["size"]
-    # A size that no disk has is no file's fault.
-    codes = (4,) if wrong_hash else (1, 4) if wrong else (0,)
+    right = files[one["path"]]
+    wrong = hashlib.sha256(right).hexdigest() != one["sha256"] or len(right) != one["size"]
+    # What no disk has room for is refused before a file is asked for, and what is no size at all before that.
+    huge = one["size"] > 1 << 39
+    codes = (1, 2) if huge else (4,) if wrong else (0,)
     return Case(box.index(files, files=listed), {} if wrong else files, codes)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -438,3 +439,19 @@ def test_the_fitting_benchmark_trains_every_side_on_the_same(tmp_path, monkeypat
     heads = [fitting.measure_head(side, 0) for side in fitting.HEADS]
     assert heads[0]["loss"] == heads[1]["loss"]
     assert heads[0]["gradient_norm"] == pytest.approx(heads[1]["gradient_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["hostile.py", "--cases", "11"], ["pull.py", "--bytes", "1000000", "--repeats", "1"]]
+)
+def test_benchmarks_of_the_registry_run(arguments):
+    """In a process of their own, since one watches what its process does and both set the cache."""
+    script, *options = arguments
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCHMARKS.parent)
+    assert result.returncode == 0, result.stderr[-2000:]
+    measured = json.loads(result.stdout)
+    if script == "hostile.py":  # 0 escapes, executions, hangs and the like, or it ends otherwise
+        assert measured["cases"] == 11
+    else:
+        assert measured["curl_by_pull"]["median"] > 0

@@ -32,7 +32,6 @@ INTEGRITY = frozenset({"shorter", "longer", "endless", "other"})
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     monkeypatch.setattr(limits, "_WAITS", (0.01, 0.01, 0.01))
-    monkeypatch.setenv("VPGTRANS_STORE_TIMEOUT", "0.5")
 
 
 @pytest.fixture
@@ -62,17 +61,18 @@ def visible(cache: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("way", ["plain", *HTTP_WAYS])
-def test_whatever_a_server_does_the_files_are_right_or_absent(way, server, index, own_cache):
+def test_whatever_a_server_does_the_files_are_right_or_absent(way, server, index, own_cache, monkeypatch):
     before = time.monotonic()
     wanted = entry(FILES, [f"{server.url}/{way}"])
     if way in {"plain", *HARMLESS}:
         assert contents(pull(wanted, index=index)) == FILES
     else:
+        monkeypatch.setenv("VPGTRANS_STORE_TIMEOUT", "0.4")
         with pytest.raises(IntegrityError if way in INTEGRITY else StoreError, match=r"owl@1\.0 can't be pulled"):
             pull(wanted, index=index)
         assert visible(own_cache) == []
         assert at_hand(wanted) is None
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 20
 
 
 def test_what_is_there_needs_no_network(server, index, own_cache):
@@ -103,6 +103,7 @@ def test_a_damaged_copy_is_mended_with_what_is_missing_alone(server, index, capl
     assert server.asked == ["/plain/manifest.json"]
     (path / "projector" / "model.safetensors").unlink()
     server.shutdown()
+    server.server_close()
     with pytest.raises(StoreError):
         pull(wanted, index=index)
 
@@ -268,7 +269,7 @@ def test_the_cache_itself_may_be_a_link(server, index, tmp_path, monkeypatch):
     assert visible(tmp_path / "disk")
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b.json", "é", "a b", "x" * 200, "%2e%2e", "~", "-rf"]), min_size=1, max_size=5))
 def test_odd_names_come_through(parts):
     files = {"/".join(parts) + "/f.json": b"content"}

@@ -213,7 +213,7 @@ class _Copy:
             while piece := stream.read(_CHUNK):
                 sha256.update(piece)
                 size += len(piece)
-            if size < file.size:
+            if size < file.size or not size:  # of an empty file it is asked whether it is one
                 for piece in watched(partial(store.read, file, start=size), what=place):
                     size += len(piece)
                     self.came += len(piece)
