@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -441,8 +442,16 @@ def test_the_fitting_benchmark_trains_every_side_on_the_same(tmp_path, monkeypat
     assert heads[0]["gradient_norm"] == pytest.approx(heads[1]["gradient_norm"], rel=1e-2)
 
 
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="compares with curl, which is not installed")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["hostile.py", "--cases", "11"], ["pull.py", "--bytes", "1000000", "--repeats", "1"]]
+    "arguments",
+    [
+        ("hostile.py", "--cases", "11"),
+        pytest.param(("pull.py", "--bytes", "1000000", "--repeats", "1"), marks=needs_curl),
+    ],
+    ids=["hostile", "pull"],
 )
 def test_benchmarks_of_the_registry_run(arguments):
     """In a process of their own, since one watches what its process does and both set the cache."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from vpgtrans.errors import IntegrityError, RegistryError, StoreError
+from vpgtrans.errors import RegistryError, StoreError
 from vpgtrans.files import appearing
 from vpgtrans.references import cache_dir, digest
 from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index, entry_keys
@@ -291,23 +291,6 @@ def _explain(error: ValidationError, document: Any, *, place: str, lines: dict[W
     if len(findings) > _SHOWN:
         clauses.append(f"and {len(findings) - _SHOWN} more")
     return "; ".join(clauses)
-
-
-# --- getting an entry ---------------------------------------------------------------------------
-
-
-def verify_files(directory: Path, files: tuple[FileEntry, ...], *, name: str) -> None:
-    """Compare a directory with a list of files; IntegrityError says which file is missing, or how it differs."""
-    for file in files:
-        path = directory / file.path
-        if not path.is_file():
-            raise IntegrityError(f"{name}: {path} is missing")
-        size = path.stat().st_size
-        if size != file.size:
-            raise IntegrityError(f"{name}: {path} has {size} bytes, the registry says {file.size}")
-        actual = digest(path).hex()
-        if actual != file.sha256:
-            raise IntegrityError(f"{name}: {path} has sha256 {actual}, the registry says {file.sha256}")
 
 
 # --- making an entry ----------------------------------------------------------------------------

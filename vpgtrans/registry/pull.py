@@ -136,6 +136,7 @@ class _Copy:
             self._set_aside()
         missing = [file for file in self.entry.files if not self._keep(file)]
         self._check_room(missing)
+        log.info("pulling %s (%s MB) to %s", self.entry.name, f"{self.entry.size / 1e6:,.1f}", self.path)
         failures: list[IntegrityError | RegistryError | StoreError] = []
         for location in self.entry.locations:
             try:

@@ -41,11 +41,11 @@ class RemoteStore:
             while start < end:
                 began = time.monotonic()
                 piece = self.filesystem.cat_file(path, start=start, end=min(start + step, end))
+                seconds = time.monotonic() - began
                 if not piece:
                     return
                 yield piece
                 start += len(piece)
-                seconds = time.monotonic() - began
                 step = min(2 * step, _LARGEST) if seconds < 0.5 else max(step // 2, _SMALLEST) if seconds > 2 else step
 
     def write(self, directory: Path, files: Sequence[FileEntry]) -> str:
