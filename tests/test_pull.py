@@ -323,6 +323,16 @@ def test_the_exit_code_says_why_not(published):
         assert result.stdout == ""
 
 
+def test_an_index_at_a_url_has_its_checkpoints_beside_it(published, server, own_cache):
+    document = json.loads(published.read_text())
+    document["entries"][0]["locations"] = ["owls/first"]
+    server.files["checkpoints_registry.yaml"] = json.dumps(document).encode()
+    server.files |= {f"owls/first/{path}": content for path, content in FILES.items()}
+    result = invoke("registry", "pull", "owl", "--index", f"{server.url}/plain/checkpoints_registry.yaml?sig=hidden")
+    assert contents(Path(result.stdout.strip())) == FILES
+    assert not any("hidden" in path for path in server.asked[1:])
+
+
 def test_a_reference_is_pulled(published, monkeypatch):
     monkeypatch.setenv("VPGTRANS_REGISTRY", str(published))
     found = resolve("registry:owl")

@@ -3,7 +3,9 @@
 import base64
 import json
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,52 @@ def test_a_registry_that_wants_credentials_gets_those_of_docker_login(tmp_path, 
         assert {file.path: content(store, file) for file in listed(FILES)} == FILES
     said = str(caught.value) + "".join(capfd.readouterr())
     assert "sword" not in said
+
+
+@pytest.mark.parametrize("logged_in", [False, True])
+def test_a_token_is_fetched_and_not_sent_to_where_blobs_lie(logged_in, index, tmp_path, monkeypatch):
+    """As ghcr.io does it: a token for everybody or for a user, and blobs on another host."""
+    (file, *_) = listed(FILES)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    seen = []
+    with http_server({"blob": FILES[file.path]}) as elsewhere:
+
+        class Registry(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                sent, port = self.headers.get("Authorization"), self.server.server_port
+                seen.append((self.path.partition("?")[0], sent))
+                if self.path.startswith("/token?"):
+                    self.answer(200, json.dumps({"token": "sesame"}).encode())
+                elif sent != "Bearer sesame":
+                    realm = f'Bearer realm="http://127.0.0.1:{port}/token",service="x",scope="repository:a/b:pull"'
+                    self.answer(401, **{"WWW-Authenticate": realm})
+                else:
+                    self.answer(307, Location=f"http://localhost:{elsewhere.server_port}/plain/blob")
+
+            do_HEAD = do_GET
+
+            def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        if logged_in:
+            (tmp_path / "config.json").write_text(json.dumps({"auths": {host: {"auth": "b3dsOmhvb3Q="}}}))
+        store = open_store(f"oci:{host}/a/b:1.0", index=index)
+        assert content(store, file) == content(store, file) == FILES[file.path]
+        server.shutdown()
+        server.server_close()
+    assert [sent for path, sent in seen if path == "/token"] == ["Basic b3dsOmhvb3Q=" if logged_in else None]
+    assert {sent for path, sent in seen if path != "/token"} == {None, "Bearer sesame"}
+    assert all("Authorization" not in headers for headers in elsewhere.headers_seen)
 
 
 def test_without_a_tag_nothing_is_published(index, tmp_path):
