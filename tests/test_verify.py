@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -412,3 +413,13 @@ def test_parents_that_are_each_others_end() -> None:
 def test_what_was_forced_is_in_the_tree() -> None:
     forced = Entry.model_validate(values(lineage={"forced": ["other weights"], "recipe": "r", "seed": 1}))
     assert ancestry(forced, lambda name: forced)[1] == [("recipe r, seed 1", ()), ("forced: other weights", ())]
+
+
+def test_a_card_of_nothing_but_brackets_is_shown_soon(copy: Path, tmp_path: Path) -> None:
+    (copy / "README.md").write_text("[" * 1_000_000)
+    index = write_index(tmp_path, entry_of(copy))
+    began = time.monotonic()
+    shown = invoke("registry", "show", "owl", "--index", index)
+    assert shown.exit_code == 0
+    assert "[[[" in shown.stdout
+    assert time.monotonic() - began < 60  # seconds; all of it would take ten minutes and more

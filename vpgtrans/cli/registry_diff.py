@@ -23,7 +23,7 @@ def command(a: str, b: str, *, index: str | None, as_json: bool) -> None:
     with console.loading():
         from vpgtrans.registry.diff import diff
         from vpgtrans.registry.index import find
-    first, second = (find(name.removeprefix("registry:"), index=index).entry for name in (a, b))
+    first, second = (find(name, index=index).entry for name in (a, b))
     found = diff(first, second)
     if as_json:
         console.print_json([difference.to_json() for difference in found])

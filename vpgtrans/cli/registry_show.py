@@ -31,7 +31,7 @@ def command(name: str, *, index: str | None, as_json: bool) -> None:
         from vpgtrans.registry.ancestry import ancestry
         from vpgtrans.registry.card import read_card
         from vpgtrans.registry.index import find, shown
-    entry, place = find(name.removeprefix("registry:"), index=index)
+    entry, place = find(name, index=index)
     if as_json:
         console.print_json({"index": shown(place)} | entry.model_dump(mode="json"))
         return

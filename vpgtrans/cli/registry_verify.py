@@ -45,7 +45,7 @@ def command(
     if Path(checkpoint).expanduser().is_dir():
         directory = resolve(checkpoint).path
     else:
-        entry, place = find(checkpoint.removeprefix("registry:"), index=index)
+        entry, place = find(checkpoint, index=index)
         directory = pull(entry, index=place)
     checks = verify(directory, entry=entry, against=against, trust_remote_code=trust_remote_code)
     if as_json:

@@ -14,6 +14,8 @@ from vpgtrans.registry.pull import at_hand
 
 CARD = "README.md"
 _MOST = 1 << 20
+_SHOWN = 30_000
+"""Characters; brackets that nobody closes take a renderer seconds beyond."""
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
@@ -30,7 +32,8 @@ def read_card(entry: Entry, *, index: str) -> str | None:
             continue
         if hashlib.sha256(data).hexdigest() == file.sha256:
             text = data.decode("utf-8", errors="replace")
-            return _FRONT_MATTER.sub("", text, count=1)
+            text = _FRONT_MATTER.sub("", text, count=1)
+            return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n\n…\n"
     return None
 
 

@@ -154,11 +154,12 @@ def registries() -> Iterator[Registry]:
 
 
 def find(name: str, *, index: str | None = None) -> Found:
-    """The entry `ID[@VERSION]` of one index, or of the first of all that has the id.
+    """The entry `ID[@VERSION]`, or `registry:` before it, of one index, or of the first of all that has the id.
 
     Raises:
         RegistryError: none has it, or every version was yanked. As `load_index`.
     """
+    name = name.removeprefix("registry:")
     id = name.partition("@")[0]
     tried = []
     for registry in registries() if index is None else [load_index(index)]:
