@@ -252,6 +252,14 @@ def test_a_token_is_fetched_and_not_sent_to_where_blobs_lie(logged_in, index, tm
     assert all("Authorization" not in headers for headers in elsewhere.headers_seen)
 
 
+def test_a_registry_that_never_ends_its_answer_is_left(index, monkeypatch):
+    """Each address is answered with bytes without end, the first of all that says which credentials are wanted."""
+    with http_server({}) as server:
+        monkeypatch.setattr("servers._Handler.way_fuzz", lambda handler, name, body: handler.way_endless(name, body))
+        with pytest.raises(StoreError, match="more than"):
+            content(open_store(f"oci:127.0.0.1:{server.server_port}/a/b:1.0", index=index), listed(FILES)[0])
+
+
 def test_without_a_tag_nothing_is_published(index, tmp_path):
     with pytest.raises(RegistryError, match="name a tag"):
         open_store("oci:127.0.0.1:1/team/owl", index=index).write(tmp_path, listed(FILES))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 _MOST_REDIRECTS = 5
+_LONGEST_ANSWER = 4 << 20
+"""Bytes of an answer that isn't a file: a token, a manifest."""
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -90,6 +92,18 @@ def new_session() -> "requests.Session":
         def get_redirect_target(self, resp: requests.Response) -> None:
             """Whether to follow is decided in `_get`, whoever sends the request."""
 
+        def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+            """What isn't read piece by piece is read here, up to a limit."""
+            piecewise, options["stream"] = options.get("stream"), True
+            response = super().send(request, **options)
+            if not piecewise:
+                with response:
+                    content = response.raw.read(_LONGEST_ANSWER + 1, decode_content=True)
+                if len(content) > _LONGEST_ANSWER:
+                    raise StoreError(f"{shown(request.url or '')}: answers with more than {_LONGEST_ANSWER:,} bytes")
+                response._content = content
+            return response
+
     session = Session()
     session.mount("https://", Adapter())
     session.mount("http://", Adapter())
@@ -136,7 +150,7 @@ def _get(
 
 def _host(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _may_follow(url: str, onward: str, redirects: Redirects) -> None:
