@@ -325,7 +325,7 @@ def test_a_vlm_says_what_it_was_trained_on_and_opens_without_it(
         bare = load_vlm(str(tmp_path / "vlm"), dtype=torch.float32)
     assert "was trained on an LLM in nf4; here, without bitsandbytes, it is opened as it is" in caplog.text
     assert bare.llm.quantised is None
-    assert bare.llm.fingerprint == vlm.llm.fingerprint
+    assert replace(bare.llm.fingerprint, weights_sha256=None) == vlm.llm.fingerprint
     torch.testing.assert_close(nll_of(bare), nll_of(vlm), rtol=0.1, atol=0.3)
 
 
