@@ -46,7 +46,8 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Print validation loss, exact match, token F1 and CIDEr of a VLM's captions and answers.
+    """Print validation loss, exact match, token F1 and CIDEr of a VLM's captions and answers, each with the ends of
+    its 95 % interval (bootstrap over the samples).
 
     VLM is a VLM directory, a run, or registry:NAME. The options that name columns hold for every data set.
     """
@@ -65,6 +66,16 @@ def command(
     if as_json:
         console.print_json(found)
     elif found and all(isinstance(value, dict) for value in found.values()):
-        console.print_rows([{"data": name, **scores} for name, scores in found.items()], title=vlm)
+        console.print_rows([{"data": name} | _with_intervals(scores) for name, scores in found.items()], title=vlm)
     else:
         console.print_pairs(found, title=vlm)
+
+
+def _with_intervals(scores: dict[str, Any]) -> dict[str, Any]:
+    """Each mean with its interval in one cell."""
+    ends = scores.get("intervals", {})
+    return {
+        name: f"{console.cell(value)} [{' – '.join(map(console.cell, ends[name]))}]" if name in ends else value
+        for name, value in scores.items()
+        if name != "intervals"
+    }

@@ -79,6 +79,36 @@ def spread(low: Any, high: Any, show: Any) -> str:
     return "" if show(low) == show(high) else f"[{show(low)} – {show(high)}]"
 
 
+_METRIC_NAMES = {
+    "val_loss": "loss, nats a token",
+    "exact_match": "captions exactly right",
+    "token_f1": "words right (token F1)",
+    "cider": "CIDEr",
+    "count": "held-out images measured",
+}
+
+
+def metric_name(key: str) -> str:
+    """A metric's key in words."""
+    return _METRIC_NAMES.get(key, key.replace("_", " ").replace(".", ", "))
+
+
+def metric(key: str, value: Any) -> str:
+    """A metric's value: shares as percent."""
+    if key.rpartition(".")[2] in ("exact_match", "token_f1"):
+        return percent(value)
+    return decimal(value) if isinstance(value, float) else plain(value)
+
+
+def interval(key: str, ends: Any) -> str:
+    """The ends of a metric's interval as `[51.0 – 62.3 %]`, or nothing where there is none."""
+    if not ends or not all(is_number(end) for end in ends):
+        return ""
+    low, high = (metric(key, float(end)) for end in ends)
+    low = low.removesuffix(" %") if high.endswith(" %") else low
+    return f"[{low} – {high}]"
+
+
 _WEIGHT_FILE = re.compile(r"(?i)([-_.](i?q\d+|b?f16|f32)([-_](k|[01]|[sml]|xs|xxs|nl))*)?[-_.]gguf$")
 
 

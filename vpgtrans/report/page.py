@@ -112,21 +112,14 @@ def _key_figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("time in all", fmt.duration(summary.get("seconds"))),
         ("peak memory", fmt.size(summary.get("peak_memory_bytes"))),
     ]
-    for key, value in fmt.flatten(summary.get("metrics") or {}):
+    metrics = dict(summary.get("metrics") or {})
+    intervals = metrics.pop("intervals", None) or {}
+    for key, value in fmt.flatten(metrics):
         if isinstance(value, bool | str) or value is None or key.rpartition(".")[2] == "val_loss":
             continue
-        shown = fmt.percent(value) if key.rpartition(".")[2] in ("exact_match", "token_f1") else fmt.plain(value)
-        shown = fmt.decimal(value) if isinstance(value, float) and not shown.endswith("%") else shown
-        rows.append((_METRIC_NAMES.get(key, key.replace("_", " ").replace(".", ", ")), shown))
+        shown = " ".join([fmt.metric(key, value), fmt.interval(key, intervals.get(key))]).strip()
+        rows.append((fmt.metric_name(key), shown))
     return [row for row in rows if row[1] != fmt.NOTHING]
-
-
-_METRIC_NAMES = {
-    "exact_match": "captions exactly right",
-    "token_f1": "words right (token F1)",
-    "cider": "CIDEr",
-    "count": "held-out images measured",
-}
 
 
 def _measured(files: RunFiles) -> str:

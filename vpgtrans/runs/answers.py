@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from PIL import Image
 from vpgtrans.data.mixture import Mixture
 from vpgtrans.data.sample import Sample
 from vpgtrans.errors import DataError, Dropped
+from vpgtrans.evaluation.intervals import ratio_interval
+from vpgtrans.evaluation.metrics import score, score_each
 from vpgtrans.layout import Layout
 from vpgtrans.prompts import Encoded, turns_of
 from vpgtrans.vlm import VLM
@@ -21,14 +24,16 @@ _BATCH = 16
 
 @dataclass
 class Answers:
-    """Predictions and references belong together; the loss is over all answer tokens."""
+    """Predictions, references and losses belong together, one a sample."""
 
     rows: list[int] = field(default_factory=list)
     """Samples that could be asked about."""
     predictions: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
-    nll: float = 0.0
-    tokens: float = 0.0
+    nll: list[float] = field(default_factory=list)
+    """Summed over a sample's answer tokens; empty where no loss was asked for."""
+    tokens: list[float] = field(default_factory=list)
+    """Answer tokens of each, likewise."""
     unreadable: int = 0
     dropped: int = 0
     """Left out by a rule, too long, or with nothing to ask (documents)."""
@@ -70,10 +75,28 @@ def answer(vlm: VLM, mixture: Mixture, rows: Sequence[int], *, max_new_tokens: i
             there = [place < text.images for _, sample, text, _ in kept for place in range(len(sample.images))]
             visual = torch.tensor([layout.visual for layout in layouts], dtype=torch.long)
             left = torch.tensor(there, dtype=torch.bool).repeat_interleave(visual).to(prompts.device)
-            nll, _ = vlm.splice.token_nll(prompts[left], [encoded for _, _, encoded, _ in kept])
-            found.nll += nll.sum().item()
-            found.tokens += len(nll)
+            nll, of = vlm.splice.token_nll(prompts[left], [encoded for _, _, encoded, _ in kept])
+            found.nll += torch.zeros(len(kept), device=nll.device).index_add_(0, of, nll).tolist()
+            found.tokens += torch.bincount(of, minlength=len(kept)).double().tolist()
         found.predictions += vlm.splice.write(prompts, [before for *_, before in kept], max_new_tokens=max_new_tokens)
         found.references += [list(sample.references) for _, sample, _, _ in kept]
         found.rows += [row for row, *_ in kept]
     return found
+
+
+def scores(said: Answers) -> dict[str, Any]:
+    """Means over what was answered, and `intervals`: the 95 % interval of each, by bootstrap over the samples.
+
+    With the loss a token (`val_loss`), where it was asked for. Without an answer there is a count of 0 alone.
+    """
+    if not said.predictions:
+        return {"count": 0}
+    found: dict[str, Any] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    if said.nll:
+        found["val_loss"] = sum(said.nll) / sum(said.tokens)
+        intervals["val_loss"] = ratio_interval(said.nll, said.tokens)
+    found |= score(said.predictions, said.references)
+    for name, values in score_each(said.predictions, said.references).items():
+        intervals[name] = ratio_interval(values)
+    return found | {"intervals": {name: list(ends) for name, ends in intervals.items()}}

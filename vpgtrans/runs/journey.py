@@ -13,13 +13,12 @@ from vpgtrans.config import InitialiserConfig, VPGConfig
 from vpgtrans.data.mixture import Mixture, open_mixture
 from vpgtrans.data.stats import outlook
 from vpgtrans.errors import RecipeError
-from vpgtrans.evaluation.metrics import score
 from vpgtrans.memory import forget, overall_peak, start_span
 from vpgtrans.processes import first_process
 from vpgtrans.progress import data_table
 from vpgtrans.recipe import Recipe, recipe_hash
 from vpgtrans.report import write_report
-from vpgtrans.runs.answers import Answers, answer
+from vpgtrans.runs.answers import Answers, answer, scores
 from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
 from vpgtrans.runs.inputs import INPUTS, check_inputs, inputs_of, to_json
@@ -185,7 +184,7 @@ def _train_and_show(
         "name": recipe.name,
         "initialiser": start.initialisation.name,
         "val_loss": results[-1].val_loss,
-        "metrics": score(said.predictions, said.references) if said.predictions else {"count": 0},
+        "metrics": scores(said),
         "stages": [asdict(result) for result in results],
         "converter": _converter_bill(start),
         **({} if start.source.taken is None else {"connector": start.source.taken.to_json()}),

@@ -12,12 +12,11 @@ from vpgtrans.config import ConcatEncoderConfig, EncoderConfig, VPGConfig
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
-from vpgtrans.evaluation.metrics import score
 from vpgtrans.isolation import missing_here
 from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe, parse_source
 from vpgtrans.references import resolve
-from vpgtrans.runs.answers import answer
+from vpgtrans.runs.answers import answer, scores
 from vpgtrans.runs.parts import (
     check_quantisable,
     check_references,
@@ -68,7 +67,7 @@ def evaluate(
     trust_remote_code: bool = False,
     force: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`.
+    """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`, with `intervals` (95 %, bootstrap).
 
     keys: more of each data source, as in a recipe, such as the names of its columns.
 
@@ -86,7 +85,7 @@ def evaluate(
         said = answer(opened, mixture, range(len(mixture)), max_new_tokens=max_new_tokens, with_loss=True)
         if not said.predictions:
             raise DataError(f"{name}: none of its {len(mixture)} samples can be read and asked about")
-        found[name] = {"val_loss": said.nll / said.tokens, **score(said.predictions, said.references)}
+        found[name] = scores(said)
         for what, count in (("unreadable", said.unreadable), ("dropped", said.dropped)):
             if count:
                 found[name][what] = count
