@@ -210,7 +210,7 @@ def test_other_adapters_train_resume_and_come_back_from_disk(
     train(again, make_recipe(stages), tmp_path / "resumed", resume=True)
     assert_same(vlm, again)
 
-    save_vlm(vlm, tmp_path / "vlm", lineage={}, card="")
+    save_vlm(vlm, tmp_path / "vlm", lineage={})
     loaded = load_vlm(str(tmp_path / "vlm"), dtype=torch.float32)
     assert torch.equal(nll_of(loaded), nll_of(vlm))
 
@@ -233,7 +233,7 @@ def test_an_encoders_adapter_alone_trains_and_is_merged_when_it_is_saved(root: P
     assert row["trained"] == sum(tensor.numel() for tensor in adapter_state(encoder).values()) > 0
 
     unmerged = nll_of(vlm)
-    save_vlm(vlm, tmp_path / "vlm", lineage={}, card="", encoder_trained=True)
+    save_vlm(vlm, tmp_path / "vlm", lineage={}, encoder_trained=True)
     torch.testing.assert_close(nll_of(vlm), unmerged, rtol=1e-5, atol=1e-5)
     loaded = load_vlm(str(tmp_path / "vlm"), dtype=torch.float32)
     assert loaded.vpg.encoder.state_dict().keys() == before.keys()
@@ -316,7 +316,7 @@ def test_a_vlm_says_what_it_was_trained_on_and_opens_without_it(
 ) -> None:
     vlm = quantised(wide, monkeypatch, "nf4")
     train(vlm, make_recipe([FINETUNE | TWELVE]), tmp_path / "run")
-    save_vlm(vlm, tmp_path / "vlm", lineage={}, card="")
+    save_vlm(vlm, tmp_path / "vlm", lineage={})
     loaded = load_vlm(str(tmp_path / "vlm"), dtype=torch.float32)
     assert loaded.llm.quantised == "nf4"
     assert torch.equal(nll_of(loaded), nll_of(vlm))

@@ -34,7 +34,8 @@ def test_weights_count_a_sample_as_often_as_it_has_tokens():
     low, high = ratio_interval([100.0, 1.0], [100, 1])
     assert low == high == 1.0  # a mean of the two ratios 1 and 1, however they are drawn
     low, high = ratio_interval([200.0, 1.0], [100, 1])
-    assert low == 1.0 and high == 2.0
+    assert low == 1.0
+    assert high == 2.0
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), st.integers(0, 3))
@@ -47,7 +48,8 @@ def test_ends_lie_in_order_within_the_values_and_repeat(values, seed):
 def test_scores_give_each_mean_and_the_losses_interval():
     said = Answers(rows=[0, 1], predictions=["a cat", "a dog"], references=[["a cat"], ["a hen"]])
     found = scores(said)
-    assert found["count"] == 2 and found["exact_match"] == 0.5
+    assert found["count"] == 2
+    assert found["exact_match"] == 0.5
     assert set(found["intervals"]) == {"exact_match", "token_f1", "cider"}
     assert found["intervals"]["exact_match"] == [0.0, 1.0]
     said.nll, said.tokens = [2.0, 6.0], [1.0, 3.0]

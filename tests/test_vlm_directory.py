@@ -47,7 +47,7 @@ def losses(vlm: VLM) -> torch.Tensor:
 
 
 def save(vlm: VLM, directory: Path, **options: bool) -> Path:
-    return save_vlm(vlm, directory, lineage={"parent": "none"}, card="# A card\n", **options)
+    return save_vlm(vlm, directory, lineage={"parent": "none"}, **options)
 
 
 @pytest.fixture(scope="module")

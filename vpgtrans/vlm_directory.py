@@ -4,7 +4,7 @@ manifest.json                      what belongs together, and sha256 of every fi
 encoder/ connector/ projector/     config.json + model.safetensors (an encoder may be a reference with a hash)
 adapter/                           a PEFT adapter, loadable by peft alone
 llm/                               only where the LLM itself was trained in full
-README.md                          the model card
+README.md card/                    the model card and its pictures, which the manifest doesn't list
 """
 
 import json
@@ -55,7 +55,6 @@ def save_vlm(
     directory: Path,
     *,
     lineage: dict[str, Any],
-    card: str,
     encoder_trained: bool = False,
     llm_trained: bool = False,
 ) -> Path:
@@ -72,7 +71,7 @@ def save_vlm(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_vlm(vlm, temporary, lineage=lineage, card=card, encoder_trained=encoder_trained, llm_trained=llm_trained)
+        _write_vlm(vlm, temporary, lineage=lineage, encoder_trained=encoder_trained, llm_trained=llm_trained)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -82,9 +81,7 @@ def save_vlm(
     return directory
 
 
-def _write_vlm(
-    vlm: VLM, temporary: Path, *, lineage: dict[str, Any], card: str, encoder_trained: bool, llm_trained: bool
-) -> None:
+def _write_vlm(vlm: VLM, temporary: Path, *, lineage: dict[str, Any], encoder_trained: bool, llm_trained: bool) -> None:
     encoder = vlm.vpg.encoder
     if is_adapted(encoder):
         merge(encoder)  # in memory too: what was saved and loaded again gives the same
@@ -104,11 +101,11 @@ def _write_vlm(
     if adapted:
         # Not "auto": peft would look the base up on the hub, to see if its vocabulary has grown.
         model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+        (temporary / "adapter" / "README.md").unlink()  # an empty form that names where the base lies on this machine
     if llm_trained:
         base = model.get_base_model() if adapted else model
         base.save_pretrained(temporary / "llm", state_dict=base_state(base))
         vlm.llm.tokenizer.save_pretrained(temporary / "llm")
-    (temporary / "README.md").write_text(card)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -276,7 +273,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _in_part(path: Path) -> bool:
     """Whether a file, by its path below the VLM directory, is a part's config or weights."""
     hidden = any(name.startswith(".") for name in path.parts)
-    return len(path.parts) > 1 and not hidden and path.name != "README.md"
+    return len(path.parts) > 1 and not hidden and path.name != "README.md" and path.parts[0] != "card"
 
 
 def _vlm_directory(reference: str) -> Resolved:

@@ -67,6 +67,12 @@ def histogram_chart(
     return Markup(f'<div class="chart">{svg}</div>')
 
 
+def run_png(curves: RunCurves) -> bytes:
+    """What `run_chart` shows, as a PNG 1,600 pixels wide on a light page."""
+    with mpl.rc_context(_RC):
+        return _png(_run_figure(curves, width="wide"))
+
+
 def compare_plot(summary: dict[str, Any], png: Path) -> Path:
     """Draw a comparison's summary as a PNG 1,600 pixels wide and return its path.
 
@@ -76,14 +82,21 @@ def compare_plot(summary: dict[str, Any], png: Path) -> Path:
     """
     arms = compare_arms(summary)
     with mpl.rc_context(_RC):
-        figure = _compare_figure(arms, width="wide")
-        FigureCanvasAgg(figure)
-        try:
-            png.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(png, dpi=72 * 1600 / _PIXELS["wide"], facecolor=LIGHT["page"], metadata={"Software": None})
-        except OSError as error:
-            raise OutputError(f"{png}: can't write the plot ({error})") from error
+        drawn = _png(_compare_figure(arms, width="wide"))
+    try:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        png.write_bytes(drawn)
+    except OSError as error:
+        raise OutputError(f"{png}: can't write the plot ({error})") from error
     return png
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    stream = io.BytesIO()
+    dpi = 72 * 1600 / _PIXELS["wide"]
+    figure.savefig(stream, format="png", dpi=dpi, facecolor=LIGHT["page"], metadata={"Software": None})
+    return stream.getvalue()
 
 
 def _both(draw: Any, *, prefix: str, title: str, description: str) -> Markup:

@@ -15,7 +15,7 @@ from vpgtrans.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_run(run: Path) -> RunFiles:
     recipe = run / "recipe.yaml"
     return RunFiles(
         path=run,
-        summary=_mapping(run / "summary.json") or {},
+        summary=read_mapping(run / "summary.json"),
         metrics=_lines(run / "metrics.jsonl"),
         initialisers=_rows(run / "initialisers.json"),
         trainable=_rows(run / "trainable.json"),
@@ -73,7 +73,13 @@ def read_run(run: Path) -> RunFiles:
 
 
 def image_uri(run: Path, image: Any) -> str | None:
-    """A sample's image as a data URI, or None where it can't be shown.
+    """A sample's image as a data URI, or None where it can't be shown; see `image_bytes`."""
+    found = image_bytes(run, image)
+    return None if found is None else f"data:image/{found[1]};base64,{base64.b64encode(found[0]).decode()}"
+
+
+def image_bytes(run: Path, image: Any) -> tuple[bytes, str] | None:
+    """The file of a sample's image and its type, `png` or `jpeg`; None where it can't be shown.
 
     `image` is a data URI, base64 text, or a path relative to the run or to its images/ folder.
 
@@ -87,7 +93,7 @@ def image_uri(run: Path, image: Any) -> str | None:
         data = _read_inside(run, image)
     for magic, kind in _IMAGE_TYPES.items():
         if data and data.startswith(magic):
-            return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+            return data, kind
     log.warning("%s: sample image %.60s is missing or neither PNG nor JPEG", run, image)
     return None
 
@@ -118,8 +124,11 @@ def _load(path: Path) -> Any:
 
 
 def _mapping(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    return read_mapping(path) if path.is_file() else None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is there. Raises DataError where it holds none."""
     value = _load(path)
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")

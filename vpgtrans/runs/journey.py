@@ -17,9 +17,8 @@ from vpgtrans.memory import forget, overall_peak, start_span
 from vpgtrans.processes import first_process
 from vpgtrans.progress import data_table
 from vpgtrans.recipe import Recipe, recipe_hash
-from vpgtrans.report import write_report
+from vpgtrans.report import write_card, write_report
 from vpgtrans.runs.answers import Answers, answer, scores
-from vpgtrans.runs.card import model_card
 from vpgtrans.runs.directory import RunDirectory, check_run, create_run
 from vpgtrans.runs.inputs import INPUTS, check_inputs, inputs_of, to_json
 from vpgtrans.runs.parts import check_references, flushed_denormals, pick_device, readable, source_of
@@ -196,12 +195,12 @@ def _train_and_show(
         vlm,
         run.vlm,
         lineage=lineage,
-        card=model_card(recipe, summary, lineage),
         encoder_trained="encoder" in changed,
         llm_trained=changed.get("llm") == "full",
     )
     run.write("summary.json", summary)  # what has one has its model
     write_report(run.path)
+    write_card(run.path)
 
 
 def _named(vpg: str | VPGConfig) -> str:
