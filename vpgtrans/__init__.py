@@ -25,9 +25,11 @@ __all__ = [
     "load",
     "load_recipe",
     "probe",
+    "publish",
     "train",
     "transfer",
     "validate",
+    "yank",
 ]
 
 _HOME = {
@@ -40,13 +42,15 @@ _HOME = {
     "compare": ("vpgtrans.api", "compare"),
     "evaluate": ("vpgtrans.api", "evaluate"),
     "probe": ("vpgtrans.api", "probe"),
+    "publish": ("vpgtrans.api", "publish"),
     "train": ("vpgtrans.api", "train"),
     "validate": ("vpgtrans.api", "validate"),
+    "yank": ("vpgtrans.api", "yank"),
 }
 """Public name -> module and name there."""
 
 if TYPE_CHECKING:
-    from vpgtrans.api import caption, compare, evaluate, load, probe, train, transfer, validate
+    from vpgtrans.api import caption, compare, evaluate, load, probe, publish, train, transfer, validate, yank
     from vpgtrans.errors import VpgTransError
     from vpgtrans.recipe import Recipe, load_recipe
     from vpgtrans.vlm import VLM

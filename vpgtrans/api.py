@@ -8,6 +8,7 @@ from vpgtrans.errors import RecipeError
 from vpgtrans.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from vpgtrans.registry.entry import Entry, Kind
     from vpgtrans.vlm import VLM
 
 RecipeLike = str | Path | Recipe
@@ -111,17 +112,85 @@ def validate(recipe: RecipeLike, overrides: Overrides = ()) -> dict[str, Any]:
     return runs.validate(checked)
 
 
-def load(vlm: str | Path, *, device: str = "auto", trust_remote_code: bool = False, force: bool = False) -> "VLM":
+def load(
+    vlm: str | Path,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
+    force: bool = False,
+) -> "VLM":
     """Open a VLM directory, a run or `registry:NAME`: `vt.load("runs/quickstart").generate(images)`.
 
-    force: take its LLM even if it is not the one that it was trained with.
+    Args:
+        projector, adapter: others in place of its own, such as `registry:NAME` of one that was published alone.
+        force: take its LLM even if it is not the one that it, or one of these, was trained with.
 
     Raises:
         VpgTransError: it doesn't resolve, is damaged, or belongs to another LLM.
     """
     from vpgtrans.runs.parts import open_vlm
 
-    return open_vlm(str(vlm), device=device, trust_remote_code=trust_remote_code, force=force)
+    return open_vlm(
+        str(vlm),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        projector=None if projector is None else str(projector),
+        adapter=None if adapter is None else str(adapter),
+        force=force,
+    )
+
+
+def publish(
+    run: str | Path,
+    *,
+    to: str | Path,
+    index: str | Path | None = None,
+    id: str | None = None,
+    version: str = "1.0.0",
+    kind: "Kind" = "vlm",
+    licence: str | Sequence[str] = (),
+    description: str | None = None,
+    measure: Sequence[str] = (),
+    dry_run: bool = False,
+    device: str = "auto",
+) -> "Entry":
+    """Publish a run's result for others, and say so in an index; returns the entry.
+
+    Args:
+        to: a directory, oci:HOST/REPO:TAG, hf:ORG/REPO or a URL such as s3://BUCKET/PATH. index: the file that names
+            it; that of `VPGTRANS_REGISTRY` or checkpoints_registry.yaml if None.
+        kind: `vlm`, or one part: `vpg`, `projector`, `adapter`.
+        licence: SPDX for the files, `NAME=SPDX` for data and bases that don't say theirs.
+        measure: data sets to measure on, as of `evaluate`; the run's own metrics if none.
+
+    Raises:
+        VpgTransError: as on the command line.
+    """
+    from vpgtrans import runs
+
+    stated = [licence] if isinstance(licence, str) else list(licence)
+    return runs.publish(
+        run,
+        to=to,
+        index=index,
+        id=id,
+        version=version,
+        kind=kind,
+        licence=stated,
+        description=description,
+        measure=measure,
+        dry_run=dry_run,
+        device=device,
+    ).entry
+
+
+def yank(name: str, *, reason: str, index: str | Path | None = None) -> "Entry":
+    """Mark an entry `ID@VERSION` of an index as one that should no longer be used; returns it."""
+    from vpgtrans.registry import edit
+
+    return edit.yank(name, reason=reason, index=None if index is None else str(index))[0]
 
 
 def evaluate(

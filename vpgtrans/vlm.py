@@ -234,6 +234,20 @@ class Splice:
         Args:
             prompts: [n, T, d_llm] of all their images in order. before: ids [L] of what stands before each answer.
         """
+        tokenizer = self.llm.tokenizer
+        written = self._generate(prompts, before, max_new_tokens=max_new_tokens, **{"do_sample": False, **options})
+        return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def first_logits(self, prompts: Tensor, before: Sequence[np.ndarray]) -> Tensor:
+        """What `write` chooses its first word by: logits [B, V] in float32."""
+        said = self._generate(
+            prompts, before, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return said.logits[0].float()
+
+    def _generate(self, prompts: Tensor, before: Sequence[np.ndarray], **options: Any) -> Any:
+        """`generate` of the LLM behind texts that hold visual prompts."""
         longest = max(len(ids) for ids in before)
         tokens = torch.zeros(len(before), longest, dtype=torch.long)
         real = torch.zeros(len(before), longest, dtype=torch.long)
@@ -247,15 +261,13 @@ class Splice:
         if segments is not None:
             self.isolation = self.isolation or self.isolate()  # refuses an LLM that can't
         with nullcontext() if segments is None else writing(self.llm.model, segments):
-            written = self.llm.model.generate(
+            return self.llm.model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=real.to(self.device),
-                max_new_tokens=max_new_tokens,
                 pad_token_id=padding,
                 eos_token_id=self.prompter.ends or None,
-                **{"do_sample": False, **options},
+                **options,
             )
-        return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 class VLM(nn.Module):

@@ -166,16 +166,16 @@ def load_vision(reference: str, *, encoder_weights: bool = True) -> Vision:
     found = _vlm_directory(reference)
     directory = found.path
     manifest = read_manifest(directory)
+    if (kind := manifest.get("kind", "vlm")) in ("projector", "adapter"):
+        raise ReferenceError_(f"{reference} is {kind} alone: it goes into a VLM that has the same LLM, as `{kind}` of "
+                              "vpgtrans.load")  # fmt: skip
     try:
         encoder_written = read_config(directory / "encoder")
         encoder_config = TypeAdapter(EncoderConfig).validate_python(encoder_written["encoder"])
         connector_written = read_config(directory / "connector")
         connector_config = TypeAdapter(ConnectorConfig).validate_python(connector_written["connector"])
         prompt = PromptConfig.model_validate(manifest["prompt"])
-        fields = {
-            key: value for key, value in manifest["llm"].items() if key not in ("trained", "adapter", "quantised")
-        }
-        fingerprint = Fingerprint.from_json(fields)
+        fingerprint = _written_fingerprint(manifest)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{directory}: a config is malformed: {error}") from error
     carried = (directory / "encoder" / "model.safetensors").exists()
@@ -206,13 +206,16 @@ def load_vlm(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    projector: str | None = None,
+    adapter: str | None = None,
     force: bool = False,
 ) -> VLM:
     """Open a VLM: a VLM directory, a run, or `registry:NAME`.
 
     Args:
         reference: as in the recipe. dtype: of the LLM, bf16 if None; the parts before it keep theirs.
-        force: take the LLM even if it is not the one that the projector was trained for.
+        projector, adapter: references to others that take the place of its own, published alone or in a VLM.
+        force: take the LLM even if it is not the one that the projector or adapter was trained for.
 
     Raises:
         ReferenceError_: it doesn't resolve. CheckpointError: damaged. IntegrityError: the LLM is not the one that
@@ -233,10 +236,34 @@ def load_vlm(
     llm = open_llm(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantise=quantised)
     if not described["trained"]:
         check_base(vision.fingerprint, llm.fingerprint, where=str(directory), force=force)
-    if described["adapter"]:
+    if projector is not None:
+        place = _part_of(projector, "projector", llm.fingerprint, force=force)
+        vision.projector = Projector.load(place, dtype=torch.float32)
+    if adapter is not None:
+        llm.model = open_adapter(llm.model, _part_of(adapter, "adapter", llm.fingerprint, force=force))
+    elif described["adapter"]:
         llm.model = open_adapter(llm.model, directory / "adapter")
     vlm = VLM(vision.vpg, vision.projector, llm, prompt=vision.prompt)
     return vlm.to(device).eval().requires_grad_(False)
+
+
+def _part_of(reference: str, part: str, base: Fingerprint, *, force: bool) -> Path:
+    """Where a part lies that was published alone or in a VLM, once its LLM is known to be the one at hand."""
+    directory = _vlm_directory(reference).path
+    manifest = read_manifest(directory)
+    if not (directory / part).is_dir():
+        raise ReferenceError_(f"{reference} holds no {part}; it is a {manifest.get('kind', 'vlm')}")
+    try:
+        expected = _written_fingerprint(manifest)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST}: what it says of the LLM is malformed: {error}") from error
+    check_base(expected, base, where=str(directory), force=force)
+    return directory / part
+
+
+def _written_fingerprint(manifest: dict[str, Any]) -> Fingerprint:
+    fields = {key: value for key, value in manifest["llm"].items() if key not in ("trained", "adapter", "quantised")}
+    return Fingerprint.from_json(fields)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -256,9 +283,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}; this vpgtrans reads version {FORMAT_VERSION}")
-    expected = {name for name in files if _in_part(Path(name))}
+    expected = {name for name in files if in_part(Path(name))}
     relative = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    present = {path.as_posix() for path in relative if _in_part(path)}
+    present = {path.as_posix() for path in relative if in_part(path)}
     problems = [f"{name} is missing" for name in sorted(expected - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - expected)]
     for name in sorted(present & expected):
@@ -270,7 +297,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _in_part(path: Path) -> bool:
+def in_part(path: Path) -> bool:
     """Whether a file, by its path below the VLM directory, is a part's config or weights."""
     hidden = any(name.startswith(".") for name in path.parts)
     return len(path.parts) > 1 and not hidden and path.name != "README.md" and path.parts[0] != "card"

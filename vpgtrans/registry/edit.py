@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from vpgtrans.errors import OutputError, RegistryError
 from vpgtrans.files import appearing
 from vpgtrans.registry.entry import Entry
-from vpgtrans.registry.index import FILE_NAME, is_url, parse_index, places, shown
+from vpgtrans.registry.index import FILE_NAME, find, is_url, parse_index, places, shown
 
 _WAIT = 120.0
 """Seconds until a lock is given up. It is held for as long as it takes to read an index twice."""
@@ -68,15 +68,22 @@ def append(index: Path, entry: Entry) -> None:
         _write(index, _appended(_read(index), entry, index=index))
 
 
-def yank(index: Path, name: str, *, reason: str) -> Entry:
-    """Mark an entry as one that should no longer be used, and say why; returns it as it is now.
+def yank(name: str, *, reason: str, index: str | None = None) -> tuple[Entry, Path]:
+    """Mark an entry as one that should no longer be used, and say why; returns it as it is now, and its index.
 
-    name: ID@VERSION; ID alone where it has one version.
+    Args:
+        name: ID@VERSION; ID alone where it has one version.
+        index: the first that has it if None.
 
     Raises:
         RegistryError: there is no such entry, it was yanked before, or it has several versions. OutputError: as of
             `append`.
     """
+    place = writable_index(find(name).place if index is None else index)
+    return _yank(place, name, reason=reason), place
+
+
+def _yank(index: Path, name: str, *, reason: str) -> Entry:
     reason = " ".join(reason.split())
     if not reason:
         raise RegistryError("a yanked entry needs a reason: what is wrong with it, and what to take in its place?")

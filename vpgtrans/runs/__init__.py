@@ -5,6 +5,7 @@ from vpgtrans.runs.data import data_stats
 from vpgtrans.runs.journey import train, transfer
 from vpgtrans.runs.packs import data_pack
 from vpgtrans.runs.plan import plan
+from vpgtrans.runs.publish import publish
 from vpgtrans.runs.use import caption, evaluate, probe, validate
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "plan",
     "probe",
+    "publish",
     "train",
     "transfer",
     "validate",

@@ -200,7 +200,15 @@ def open_target(recipe: Recipe, *, device: torch.device) -> LanguageModel:
     )
 
 
-def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False, force: bool = False) -> VLM:
+def open_vlm(
+    reference: str,
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+    projector: str | None = None,
+    adapter: str | None = None,
+    force: bool = False,
+) -> VLM:
     """A VLM to use; its LLM is in bf16 where the device is fast in it, else in float32. The rest as `load_vlm`.
 
     Raises:
@@ -208,7 +216,15 @@ def open_vlm(reference: str, *, device: str, trust_remote_code: bool = False, fo
     """
     where = pick_device(device)
     dtype = llm_dtype(TrainerConfig(), where)
-    vlm = load_vlm(reference, dtype=dtype, device=where, trust_remote_code=trust_remote_code, force=force)
+    vlm = load_vlm(
+        reference,
+        dtype=dtype,
+        device=where,
+        trust_remote_code=trust_remote_code,
+        projector=projector,
+        adapter=adapter,
+        force=force,
+    )
     if where.type == "cuda":
         vlm.vpg.encoder.to(dtype)  # as where it was trained
     return vlm

@@ -76,7 +76,7 @@ def evaluate(
     """
     sets = {}
     for name in data:
-        dataset, split = _dataset_and_split(name)
+        dataset, split = dataset_and_split(name)
         named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
         sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
     opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force)
@@ -190,7 +190,7 @@ def _check_encoder(config: EncoderConfig) -> None:
             resolve(encoder.reference, weights=False)
 
 
-def _dataset_and_split(name: str) -> tuple[str, str]:
+def dataset_and_split(name: str) -> tuple[str, str]:
     """`openmoji:test` -> (openmoji, test); a path or `hf:` reference keeps its own colons."""
     head, colon, tail = name.rpartition(":")
     if not colon or Path(name).exists() or head == "hf" or "/" in tail:
