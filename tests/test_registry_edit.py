@@ -89,7 +89,7 @@ def test_comments_and_all_other_lines_stay(index):
     lines = iter(index.read_text().splitlines())
     assert all(line in lines for line in COMMENTED.splitlines())  # in this order
     assert [each.id for each in load_index(str(index))] == ["newt", "owl"]
-    edit._yank(index, "newt", reason="its eyes: # too small")
+    edit.yank("newt", reason="its eyes: # too small", index=str(index))
     assert '  status: yanked   # so far\n  reason: "its eyes: # too small"\n' in index.read_text()
     assert set(COMMENTED.splitlines()) - set(index.read_text().splitlines()) == {"  status: active   # so far"}
     assert load_index(str(index)).entry("newt@1").reason == "its eyes: # too small"
@@ -138,7 +138,7 @@ def test_what_can_not_be_changed_line_by_line_is_refused(index):
     with pytest.raises(RegistryError, match="in one line"):
         edit.append(index, entry("newt"))
     with pytest.raises(RegistryError, match="in one line"):
-        edit._yank(index, "owl", reason="x")
+        edit.yank("owl", reason="x", index=str(index))
     assert index.read_bytes() == before
 
 
@@ -160,9 +160,9 @@ def test_any_text_comes_back_or_is_refused(tmp_path, description, prompt, reason
     assert load_index(str(index)).entries == (made,)
     if not reason.strip() or _UNSAFE.search(" ".join(reason.split())):
         with pytest.raises(RegistryError, match=r"reason|control character"):
-            edit._yank(index, "owl", reason=reason)
+            edit.yank("owl", reason=reason, index=str(index))
         return
-    yanked = edit._yank(index, "owl", reason=reason)
+    yanked, _ = edit.yank("owl", reason=reason, index=str(index))
     assert load_index(str(index)).entries == (yanked,)
     assert yanked.reason == " ".join(reason.split())
 
@@ -172,19 +172,19 @@ def test_yank_says_what_is_wrong_with_its_name(index):
     edit.append(index, entry(version="2.0"))
     for name, message in [("newt", "no entry 'newt'"), ("owl@3", r"owl@1\.0, owl@2\.0"), ("owl", "which version")]:
         with pytest.raises(RegistryError, match=message):
-            edit._yank(index, name, reason="x")
+            edit.yank(name, reason="x", index=str(index))
     with pytest.raises(RegistryError, match="needs a reason"):
-        edit._yank(index, "owl@1.0", reason="  ")
-    edit._yank(index, "owl@1.0", reason="blind")
+        edit.yank("owl@1.0", reason="  ", index=str(index))
+    edit.yank("owl@1.0", reason="blind", index=str(index))
     with pytest.raises(RegistryError, match="yanked already: blind"):
-        edit._yank(index, "owl@1.0", reason="again")
+        edit.yank("owl@1.0", reason="again", index=str(index))
     assert load_index(str(index)).entry("owl").version == "2.0"
 
 
 def test_a_status_that_is_not_written_out_is_added(index):
     edit.append(index, entry())
     index.write_text("".join(line for line in index.read_text().splitlines(keepends=True) if "status" not in line))
-    edit._yank(index, "owl", reason="blind")
+    edit.yank("owl", reason="blind", index=str(index))
     assert load_index(str(index)).entry("owl@1.0").reason == "blind"
 
 

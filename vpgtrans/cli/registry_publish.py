@@ -60,9 +60,7 @@ KINDS = ("vlm", "vpg", "projector", "adapter")
     help="Measure on this now [default: take what the run measured]. May be given several times.",
 )
 @click.option("--half", is_flag=True, help="Store connector and projector in bf16: half the size, nearly the same.")
-@click.option(
-    "--base-model", metavar="ORG/REPO", help="The LLM on the hub, where the recipe names it otherwise."
-)
+@click.option("--base-model", metavar="ORG/REPO", help="The LLM on the hub, where the recipe names it otherwise.")
 @click.option("--dry-run", is_flag=True, help="Check, load and compare everything, and write nothing.")
 @device_option
 @trust_option

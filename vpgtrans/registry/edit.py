@@ -80,24 +80,20 @@ def yank(name: str, *, reason: str, index: str | None = None) -> tuple[Entry, Pa
             `append`.
     """
     place = writable_index(find(name).place if index is None else index)
-    return _yank(place, name, reason=reason), place
-
-
-def _yank(index: Path, name: str, *, reason: str) -> Entry:
     reason = " ".join(reason.split())
     if not reason:
         raise RegistryError("a yanked entry needs a reason: what is wrong with it, and what to take in its place?")
-    with _alone(index):
-        text = _read(index)
-        before = parse_index(text.encode(), place=str(index))
-        entry = _named(before, name, index=index)
+    with _alone(place):
+        text = _read(place)
+        before = parse_index(text.encode(), place=str(place))
+        entry = _named(before, name, index=place)
         if entry.status == "yanked":
-            raise RegistryError(f"{index}: {entry.name} was yanked already: {entry.reason}")
+            raise RegistryError(f"{place}: {entry.name} was yanked already: {entry.reason}")
         now = entry.model_copy(update={"status": "yanked", "reason": reason})
-        changed = _yanked(text, before.index(entry), reason, name=entry.name, index=index)
-        _check(changed, tuple(now if other is entry else other for other in before), index=index)
-        _write(index, changed)
-    return now
+        changed = _yanked(text, before.index(entry), reason, name=entry.name, index=place)
+        _check(changed, tuple(now if other is entry else other for other in before), index=place)
+        _write(place, changed)
+    return now, place
 
 
 def dump(entry: Entry) -> str:
