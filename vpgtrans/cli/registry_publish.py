@@ -95,7 +95,9 @@ def command(run: str, *, name: str | None, as_json: bool, dry_run: bool, **optio
     title = f"{entry.name} would be published" if dry_run else f"published {entry.name}"
     shown |= {
         "bytes": f"{entry.size / 1e6:,.1f} MB",
-        "logits": f"off from the run's by at most {done.difference:.2g} standard deviations",
+        "logits": "the same as the run's"
+        if not done.difference
+        else f"off from the run's by at most {done.difference:.2g} standard deviations",
         "needs": entry.base.llm.reference,
     }
     console.print_pairs({key: value for key, value in shown.items() if key != "dry_run"}, title=title)

@@ -97,12 +97,13 @@ def yank(name: str, *, reason: str, index: str | None = None) -> tuple[Entry, Pa
 
 
 def dump(entry: Entry) -> str:
-    """An entry as YAML, one item of a list; what was not recorded is left out."""
+    """An entry as YAML, one item of a list; what was not recorded is left out, its status is not."""
     stream = io.StringIO()
     writer = YAML()
     writer.indent(mapping=2, sequence=4, offset=2)
     writer.width = 1 << 20
-    writer.dump([json.loads(entry.model_dump_json(exclude_none=True))], stream)
+    values = json.loads(entry.model_dump_json(exclude_defaults=True))
+    writer.dump([values | {"status": entry.status}], stream)
     return stream.getvalue()
 
 

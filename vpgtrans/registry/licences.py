@@ -21,7 +21,13 @@ from vpgtrans.registry.index import find
 
 NOT_KNOWN = "NOASSERTION"
 """SPDX's word for it."""
-_DATASETS = {"openmoji": "CC-BY-SA-4.0"}
+_CARRIED = {
+    "openmoji": {
+        "OpenMoji 17": "CC-BY-SA-4.0",
+        "English names of the distribution emoji (Unicode CLDR)": "BSD-3-Clause AND Unicode-3.0",
+    }
+}
+"""What the data sets that come with vpgtrans are made of."""
 _CLASSIFIERS = {
     "License :: OSI Approved :: Apache Software License": "Apache-2.0",
     "License :: OSI Approved :: MIT License": "MIT",
@@ -127,8 +133,9 @@ def _data(settings: Mapping[str, Any], named: Mapping[str, str]) -> tuple[DataUs
     sources = (settings.get("data") or {}).get("train") or []
     names = [(str(source["dataset"]), source.get("split")) for source in sources]
     return tuple(
-        DataUse(name=name, licence=named.get(name) or _DATASETS.get(name), split=split)
+        DataUse(name=part, licence=licence, split=split)
         for name, split in dict.fromkeys(names)
+        for part, licence in _CARRIED.get(name, {name: named.get(name)}).items()
     )
 
 

@@ -338,7 +338,12 @@ def _again(files: RunFiles) -> str:
 
 def _plain(text: str) -> str:
     """Text that stays text in Markdown, also in a cell of a table."""
-    return _MARKUP.sub(lambda found: f"\\{found.group()}", " ".join(text.split()))
+    return _MARKUP.sub(lambda found: f"\\{found.group()}", _printable(" ".join(text.split())))
+
+
+def _printable(text: str) -> str:
+    """What a model says may hold what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _caption(text: Any) -> str:
@@ -350,7 +355,7 @@ def _caption(text: Any) -> str:
 
 def _code(text: str) -> str:
     """One line of code; what would end it, or the cell of a table, is replaced."""
-    return "`" + text.replace("\n", "⏎").replace("`", "'").replace("|", "¦") + "`"
+    return "`" + _printable(text.replace("\n", "⏎").replace("`", "'").replace("|", "¦")) + "`"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0) -> str:

@@ -5,7 +5,7 @@ from vpgtrans.runs.data import data_stats
 from vpgtrans.runs.journey import train, transfer
 from vpgtrans.runs.packs import data_pack
 from vpgtrans.runs.plan import plan
-from vpgtrans.runs.publish import publish
+from vpgtrans.runs.publishing import publish
 from vpgtrans.runs.use import caption, evaluate, probe, validate
 
 __all__ = [

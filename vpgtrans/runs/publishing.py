@@ -232,7 +232,6 @@ def _compare(source: _Source, staging: Path, kind: Kind, *, half: bool, device: 
             f"what would be published does not say what {source.directory} says: its logits are off by "
             f"{difference:.3g} standard deviations, {limit:g} is allowed; nothing was published"
         )
-    log.info("logits on %d images: off by at most %.2g standard deviations", len(images), difference)
     return difference
 
 
