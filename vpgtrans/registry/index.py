@@ -15,16 +15,15 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 
 from vpgtrans.errors import RegistryError, StoreError
 from vpgtrans.files import appearing
-from vpgtrans.references import cache_dir, digest
-from vpgtrans.registry.entry import FORMAT_VERSION, Entry, FileEntry, Index, entry_keys
+from vpgtrans.references import cache_dir
+from vpgtrans.registry.entry import FORMAT_VERSION, Entry, Index, entry_keys
 from vpgtrans.registry.strict_yaml import MAX_BYTES, Where, parse
 
 log = logging.getLogger(__name__)
@@ -292,32 +291,3 @@ def _explain(error: ValidationError, document: Any, *, place: str, lines: dict[W
     if len(findings) > _SHOWN:
         clauses.append(f"and {len(findings) - _SHOWN} more")
     return "; ".join(clauses)
-
-
-# --- making an entry ----------------------------------------------------------------------------
-
-
-def describe_directory(path: Path) -> list[FileEntry]:
-    """Every file under `path` with size and sha256, sorted by path. Raises RegistryError for links and empty trees."""
-    files = []
-    for file in sorted(path.rglob("*")):
-        if file.is_symlink():
-            raise RegistryError(f"{file} is a link; an entry holds plain files only")
-        if file.is_file():
-            relative = str(PurePosixPath(file.relative_to(path)))
-            files.append(FileEntry(path=relative, size=file.stat().st_size, sha256=digest(file).hex()))
-    if not files:
-        raise RegistryError(f"{path}: no files to describe")
-    return files
-
-
-def dump_entry(entry: Entry) -> str:
-    """The entry as YAML, as one item of the index's `entries`."""
-    from io import StringIO
-
-    stream = StringIO()
-    writer = YAML()
-    writer.indent(mapping=2, sequence=4, offset=2)
-    writer.width = 120
-    writer.dump([json.loads(entry.model_dump_json())], stream)
-    return stream.getvalue()

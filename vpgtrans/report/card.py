@@ -310,11 +310,6 @@ def _terms(manifest: dict[str, Any], published: Publication | None) -> str:
     return "\n\n".join(["## Licence and data", *lines])
 
 
-def without_front_matter(card: str) -> str:
-    """What a reader in a terminal wants to see."""
-    return re.sub(r"\A---\n.*?^---\n+", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
-
-
 def _said(licence: str | None) -> str:
     return "not known" if licence in (None, "NOASSERTION") else str(licence)
 
