@@ -138,7 +138,7 @@ def measure(index: Path, arguments: argparse.Namespace) -> dict[str, object]:
             who = draw.choice(victims)
             running[who].send_signal(signal.SIGKILL)
             if running[who].wait() == -signal.SIGKILL:
-                kills[(index.parent / f"step-{who}").read_text()] += 1
+                kills[(index.parent / f"step-{who}").read_text() or "between two steps"] += 1
                 running[who] = start(index, "publisher", who, arguments.entries)
     seconds = time.perf_counter() - begun
     (index.parent / "stop").touch()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -304,3 +306,61 @@ def test_a_kill_in_the_midst_leaves_nothing_that_hinders(finished, index, monkey
     assert [entry.name for entry in load_index(str(index))] == ["tiny@1.0.0"]
     assert {path.name for path in (index.parent / "out").iterdir()} == {"tiny"}
     vt.load("registry:tiny", device="cpu")
+
+
+class Folder:
+    """Stands for the hub, which these tests can't reach: keeps the folder that would be uploaded."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def write(self, directory: Path, files) -> str:
+        shutil.copytree(directory, self.place)
+        assert {file.path for file in files} == {
+            path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+        }
+        return "hf:ORG/owl@" + "a" * 40
+
+    def read(self, file, *, start: int = 0):
+        yield (self.place / file.path).read_bytes()[start:]
+
+
+def test_the_folder_that_would_be_uploaded_to_the_hub(finished, tiny, index, monkeypatch):
+    folder = index.parent / "folder"
+    monkeypatch.setattr(verb, "open_store", lambda location, index: Folder(folder))
+    entry = publish(finished, index, to="hf:ORG/owl", base_model="ORG/tiny-llm").entry
+    assert entry.locations == ("hf:ORG/owl@" + "a" * 40,)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "vpgtrans"
+    assert card.data.pipeline_tag == "image-to-text"
+    assert card.data.base_model == "ORG/tiny-llm"
+    assert card.data.license == "mit"
+    assert {result.metric_type for result in card.data.eval_results} == {"exact_match", "token_f1", "cider"}
+    assert 'vt.load("hf:ORG/owl")' in card.text
+    for path in folder.rglob("*"):
+        assert not path.is_symlink()
+        assert path.suffix not in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    assert torch.equal(logits(vt.load(folder, device="cpu")), logits(vt.load(finished, device="cpu")))
+    base = open_llm(str(tiny.target_llm), dtype=torch.float32).model
+    PeftModel.from_pretrained(base, str(folder), subfolder="adapter")
+
+
+def test_the_command_says_what_it_did(finished, index):
+    place = str(index.parent / "out")
+    options = ["--to", place, "--index", str(index), "--licence", "MIT", "--device", "cpu"]
+    dry = invoke("registry", "publish", str(finished), *options, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    said = json.loads(dry.stdout)
+    assert (said["name"], said["dry_run"], said["logits"]) == ("tiny@1.0.0", True, 0)
+    assert not index.exists()
+    done = invoke("registry", "publish", str(finished), *options)
+    assert done.exit_code == 0, done.output
+    assert "the same as the run's" in done.stdout
+    assert "try it: vpgtrans caption registry:tiny@1.0.0 IMAGE" in done.stdout
+    again = invoke("registry", "publish", str(finished), *options)
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+    assert "Traceback" not in again.output
+    yanked = invoke("registry", "yank", "tiny@1.0.0", "--reason", "blind", "--json")
+    assert json.loads(yanked.stdout)["status"] == "yanked"
+    assert invoke("registry", "yank", "tiny@1.0.0", "--reason", "blind").exit_code == 2
