@@ -136,8 +136,8 @@ def load(
         str(vlm),
         device=device,
         trust_remote_code=trust_remote_code,
-        projector=None if projector is None else str(projector),
-        adapter=None if adapter is None else str(adapter),
+        projector=_text(projector),
+        adapter=_text(adapter),
         force=force,
     )
 
@@ -190,7 +190,7 @@ def yank(name: str, *, reason: str, index: str | Path | None = None) -> "Entry":
     """Mark an entry `ID@VERSION` of an index as one that should no longer be used; returns it."""
     from vpgtrans.registry import edit
 
-    return edit.yank(name, reason=reason, index=None if index is None else str(index))[0]
+    return edit.yank(name, reason=reason, index=_text(index))[0]
 
 
 def evaluate(
@@ -201,9 +201,14 @@ def evaluate(
     samples: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as in a recipe."""
+    """Loss and caption metrics of a VLM on data sets (`openmoji:test`); keys: more of each, as in a recipe.
+
+    projector, adapter: as of `load`.
+    """
     from vpgtrans import runs
 
     return runs.evaluate(
@@ -213,6 +218,8 @@ def evaluate(
         samples=samples,
         device=device,
         trust_remote_code=trust_remote_code,
+        projector=_text(projector),
+        adapter=_text(adapter),
         force=force,
     )
 
@@ -225,9 +232,11 @@ def caption(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
 ) -> list[dict[str, Any]]:
-    """A `{"image", "caption"}` for each image."""
+    """A `{"image", "caption"}` for each image; projector, adapter as of `load`."""
     from vpgtrans import runs
 
     paths = [Path(image) for image in images]
@@ -238,9 +247,15 @@ def caption(
         max_new_tokens=max_new_tokens,
         device=device,
         trust_remote_code=trust_remote_code,
+        projector=_text(projector),
+        adapter=_text(adapter),
         force=force,
     )
 
 
 def _path(output: str | Path | None) -> Path | None:
     return None if output is None else Path(output)
+
+
+def _text(reference: str | Path | None) -> str | None:
+    return None if reference is None else str(reference)

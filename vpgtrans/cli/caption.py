@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vpgtrans.cli import console
-from vpgtrans.cli.options import Examples, device_option, force_option, json_option, trust_option
+from vpgtrans.cli.options import Examples, device_option, force_option, json_option, parts_options, trust_option
 
 
 @click.command(
@@ -27,6 +27,7 @@ from vpgtrans.cli.options import Examples, device_option, force_option, json_opt
 )
 @click.option("--prompt", metavar="TEXT", help="Text around the image [default: what the VLM was trained with].")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@parts_options
 @device_option
 @trust_option
 @force_option
@@ -39,6 +40,8 @@ def command(
     max_new_tokens: int,
     device: str,
     trust_remote_code: bool,
+    projector: str | None,
+    adapter: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -55,6 +58,8 @@ def command(
         max_new_tokens=max_new_tokens,
         device=device,
         trust_remote_code=trust_remote_code,
+        projector=projector,
+        adapter=adapter,
         force=force,
     )
     if as_json:

@@ -6,7 +6,7 @@ import click
 
 from vpgtrans.cli import console
 from vpgtrans.cli.data_source import read_keys, source_options
-from vpgtrans.cli.options import Examples, device_option, force_option, json_option, trust_option
+from vpgtrans.cli.options import Examples, device_option, force_option, json_option, parts_options, trust_option
 
 
 @click.command(
@@ -30,6 +30,7 @@ from vpgtrans.cli.options import Examples, device_option, force_option, json_opt
 @click.option(
     "--samples", type=click.IntRange(min=1), metavar="N", help="Use the first N samples of each [default: all]."
 )
+@parts_options
 @device_option
 @trust_option
 @force_option
@@ -42,6 +43,8 @@ def command(
     samples: int | None,
     device: str,
     trust_remote_code: bool,
+    projector: str | None,
+    adapter: str | None,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -61,6 +64,8 @@ def command(
         samples=samples,
         device=device,
         trust_remote_code=trust_remote_code,
+        projector=projector,
+        adapter=adapter,
         force=force,
     )
     if as_json:

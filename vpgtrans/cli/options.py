@@ -74,6 +74,15 @@ def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def parts_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--projector` and `--adapter`: others in place of a VLM's own."""
+    for part in ("adapter", "projector"):
+        function = click.option(
+            f"--{part}", metavar="REF", help=f"Use this {part} in place of the VLM's own, such as registry:NAME."
+        )(function)
+    return function
+
+
 def force_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--force`."""
     return click.option(

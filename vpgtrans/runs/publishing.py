@@ -119,6 +119,7 @@ def publish(
             "locations": (destination,),
             "code_version": _code_version(source.files),
         }
+        _warn_of_paths(manifest)
         # What is wrong with names, texts and the index is found before a model is opened.
         draft = describe(staging, manifest, **facts)
         edit.check_new(place, draft)
@@ -180,6 +181,16 @@ def _scratch() -> Iterator[Path]:
         raise OutputError(f"{home} can't be written: {error.strerror or error}") from error
     with tempfile.TemporaryDirectory(dir=home) as name:
         yield Path(name)
+
+
+def _warn_of_paths(manifest: dict[str, Any]) -> None:
+    """Nobody else can open what is named by a path of this machine."""
+    named = [manifest["llm"]["reference"], manifest["parts"]["encoder"]["reference"]]
+    for reference in named:
+        if reference and Path(reference).is_absolute():
+            log.warning(
+                "%s is a path of this machine: who wants to use it elsewhere must have the same there", reference
+            )
 
 
 def _slug(name: str) -> str:

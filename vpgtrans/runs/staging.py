@@ -72,7 +72,7 @@ def _take(source: Path, target: Path) -> None:
     """Link a file where that is possible, since it may be gigabytes; it is only read."""
     target.parent.mkdir(exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # the hub's cache holds links
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
 

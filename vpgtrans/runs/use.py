@@ -43,14 +43,19 @@ def caption(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    projector: str | None = None,
+    adapter: str | None = None,
     force: bool = False,
 ) -> list[dict[str, str]]:
     """A caption for each image: `[{"image", "caption"}]`.
 
+    projector, adapter: as of `load_vlm`.
+
     Raises:
         ReferenceError_, CheckpointError: the VLM. DataError: an image can't be read.
     """
-    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force)
+    parts = {"projector": projector, "adapter": adapter}
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force, **parts)
     written = opened.generate(list(images), prompt, max_new_tokens=max_new_tokens)
     return [{"image": str(image), "caption": text} for image, text in zip(images, written, strict=True)]
 
@@ -65,11 +70,15 @@ def evaluate(
     max_new_tokens: int = 32,
     device: str = "auto",
     trust_remote_code: bool = False,
+    projector: str | None = None,
+    adapter: str | None = None,
     force: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Validation loss, exact match, token F1 and CIDEr on each `DATASET[:SPLIT]`, with `intervals` (95 %, bootstrap).
 
-    keys: more of each data source, as in a recipe, such as the names of its columns.
+    Args:
+        keys: more of each data source, as in a recipe, such as the names of its columns.
+        projector, adapter: as of `load_vlm`.
 
     Raises:
         DataError: a data set doesn't open. ReferenceError_, CheckpointError: the VLM.
@@ -79,7 +88,8 @@ def evaluate(
         dataset, split = dataset_and_split(name)
         named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
         sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
-    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force)
+    parts = {"projector": projector, "adapter": adapter}
+    opened = open_vlm(vlm, device=device, trust_remote_code=trust_remote_code, force=force, **parts)
     found: dict[str, dict[str, Any]] = {}
     for name, mixture in sets.items():
         said = answer(opened, mixture, range(len(mixture)), max_new_tokens=max_new_tokens, with_loss=True)
