@@ -228,6 +228,8 @@ def test_probe_evaluate_and_caption(runs: FakeRuns, recipe: str, tmp_path: Path)
             "samples": 3,
             "device": "auto",
             "trust_remote_code": False,
+            "projector": None,
+            "adapter": None,
             "force": False,
         },
     )

@@ -5,15 +5,18 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from commands import invoke
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from servers import OCI_REGISTRY, oci_registry, s3_server
 
 import vpgtrans as vt
 from vpgtrans import runs
@@ -364,3 +367,44 @@ def test_the_command_says_what_it_did(finished, index):
     yanked = invoke("registry", "yank", "tiny@1.0.0", "--reason", "blind", "--json")
     assert json.loads(yanked.stdout)["status"] == "yanked"
     assert invoke("registry", "yank", "tiny@1.0.0", "--reason", "blind").exit_code == 2
+
+
+@pytest.fixture(params=["s3", "oci"])
+def elsewhere(request, tmp_path, monkeypatch) -> Iterator[str]:
+    """A place on a server of its own."""
+    (tmp_path / "server").mkdir()
+    if request.param == "oci":
+        if OCI_REGISTRY is None:
+            pytest.skip("needs docker-registry: apt-get install docker-registry")
+        with oci_registry(tmp_path / "server") as host:
+            yield f"oci:{host}/eyes/owl:1.0.0"
+        return
+    pytest.importorskip("s3fs", reason="needs the extra [s3]")
+    with s3_server(tmp_path / "server") as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "verysecretkeyofthetest")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        assert requests.put(f"{endpoint}/checkpoints", timeout=5).ok
+        yield "s3://checkpoints/owl/1.0.0"
+
+
+def test_published_to_a_server_it_is_pulled_on_a_clean_cache(finished, index, elsewhere, monkeypatch, tmp_path):
+    entry = publish(finished, index, to=elsewhere, id="owl").entry
+    assert entry.locations[0].partition("@")[0] == elsewhere.removesuffix(":1.0.0" if "@" in entry.locations[0] else "")
+    assert "verysecret" not in index.read_text()
+    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "clean"))
+    loaded = vt.load("registry:owl", device="cpu")
+    assert torch.equal(logits(loaded), logits(vt.load(finished, device="cpu")))
+
+
+@pytest.mark.parametrize("kind", ["vlm", "vpg", "projector", "adapter"])
+def test_what_is_published_stands_up_to_verify(finished, tiny, index, kind):
+    publish(finished, index, id=kind, kind=kind)
+    done = invoke("registry", "verify", kind, "--against", str(tiny.target_llm), "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ok"] is True
+    if kind != "vpg":
+        other = invoke("registry", "verify", kind, "--against", str(tiny.source_llm), "--json")
+        assert other.exit_code == 4
+    assert invoke("registry", "show", kind).exit_code == 0
