@@ -124,6 +124,7 @@ def test_one_part_alone_goes_back_where_it_came_from(finished, index, kind):
     assert entry.kind == kind
     whole = logits(vt.load(finished, device="cpu"))
     if kind == "vpg":
+        assert entry.metrics == ()  # the run's are of the LLM with its adapter
         alone = vt.load("registry:vpg", device="cpu")
         plain = vt.load(finished, device="cpu")
         with plain.llm.model.disable_adapter():

@@ -103,7 +103,8 @@ def _what(manifest: dict[str, Any], published: Publication | None) -> str:
     joined = {"vlm": f" and `{llm}`", "vpg": f", trained with `{llm}`"}.get(kind, f" for `{llm}`")
     came = f", moved from {_plain(fmt.name(lineage['source_llm']))}" if lineage.get("source_llm") else ""
     said = [_plain(published.description)] if published and published.description else []
-    return "\n\n".join([*said, f"{_WHAT[kind]}{joined}{came if kind != 'adapter' else ''}. Made with vpgtrans."])
+    whole = "" if kind == "vlm" else " Bill, curves and examples are of the whole VLM that it was trained in."
+    return "\n\n".join([*said, f"{_WHAT[kind]}{joined}{came if kind != 'adapter' else ''}. Made with vpgtrans.{whole}"])
 
 
 def _parts(manifest: dict[str, Any]) -> str:

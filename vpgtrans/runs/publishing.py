@@ -125,8 +125,7 @@ def publish(
         edit.check_new(place, draft)
         _check_base_model(base_model)
         difference = _compare(source, staging, kind, half=half, device=device, trust_remote_code=trust_remote_code)
-        whole = staging if kind in ("vlm", "vpg") else source.directory
-        facts["metrics"] = _metrics(source, whole, measure, device=device, trust_remote_code=trust_remote_code)
+        facts["metrics"] = _metrics(source, staging, kind, measure, device=device, trust_remote_code=trust_remote_code)
         publication = Publication(
             draft.name, kind, draft.description, own, data, facts["metrics"], hub=hub, base_model=base_model
         )
@@ -270,12 +269,15 @@ def _images(files: RunFiles | None) -> list[Image.Image]:
 
 
 def _metrics(
-    source: _Source, whole: Path, measure: Sequence[str], *, device: str, trust_remote_code: bool
+    source: _Source, staging: Path, kind: Kind, measure: Sequence[str], *, device: str, trust_remote_code: bool
 ) -> tuple[Metric, ...]:
-    """What is measured now, on what was put together; else what the run measured."""
+    """What is measured now, on what was put together or the VLM that a part comes from; else what the run measured."""
     if not measure:
-        return tuple(metrics_of(source.files)) if source.files else ()
+        # Of a VPG that leaves an adapter behind nothing was measured.
+        left_behind = kind == "vpg" and (source.directory / "adapter").is_dir()
+        return () if source.files is None or left_behind else tuple(metrics_of(source.files))
     log.info("measuring on %s", ", ".join(measure))
+    whole = staging if kind in ("vlm", "vpg") else source.directory
     found = evaluate(str(whole), data=list(measure), device=device, trust_remote_code=trust_remote_code)
     metrics: list[Metric] = []
     for name, scores in found.items():
@@ -296,6 +298,8 @@ def _read_back(entry: Entry, place: Path) -> None:
         for chunk in store.read(file):
             digest.update(chunk)
             size += len(chunk)
+            if size > file.size:
+                break
         if (size, digest.hexdigest()) != (file.size, file.sha256):
             raise IntegrityError(
                 f"{entry.locations[0]}: {file.path} reads back as {size} bytes with sha256 {digest.hexdigest()}, not "
