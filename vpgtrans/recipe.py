@@ -55,22 +55,26 @@ class TargetConfig(Config):
     """The LLM that the VPG moves to, or trains with."""
 
     llm: str = Field(min_length=1)
+    """A reference to a causal LLM: `hf:ORG/REPO[@REVISION]`, a directory, a `.gguf` file, `pip:DISTRIBUTION`."""
     projector: ProjectorConfig | None = None
-    """None: the source's own projector's kind, or the default one where there is no source projector."""
+    """null: the source's own projector's kind, or the default one where there is no source projector."""
     connector: ConnectorConfig | None = None
     """Another connector than the source's, which takes over of it what fits (see `transfer.connector`); of its own kind
-    keys that are left out are the source's. None: the source's."""
+    keys that are left out are the source's. null: the source's."""
     quantise: Quantisation | None = None
     """Keep the weights of the LLM's blocks in 4 bits (nf4) or 8 (int8) while it trains: QLoRA (arXiv 2305.14314), by
     bitsandbytes. Embeddings and head stay as they are. null: all as `trainer.precision` says."""
     trust_remote_code: bool = False
+    """Run the code that the LLM's checkpoint brings along."""
 
 
 class DataConfig(Config):
     """The data of all stages."""
 
     train: list[DataSource] = Field(min_length=1)
+    """What is learnt: several sources are mixed by their weights."""
     validation: list[DataSource] = Field(min_length=1)
+    """What the loss is measured on, and whose captions are generated and scored at the end."""
     max_bad_fraction: Share = 0.01
     """Stop when more than this share of the samples is unreadable; below it they are skipped and listed."""
     workers: NonNegativeInt | Literal["auto"] = "auto"
@@ -90,7 +94,9 @@ class EvaluationConfig(Config):
     """The captions that are generated and scored when training is done."""
 
     samples: PositiveInt = 256
+    """Images that are captioned."""
     max_new_tokens: PositiveInt = 32
+    """Of a caption."""
 
 
 ARMS = ("scratch", "inherit", "transfer", "random", "converter", "caption-fit", "keep")
@@ -105,6 +111,7 @@ class CompareConfig(Config):
     """scratch: connector and projector random. inherit: VPG kept, projector random, no warm-up. transfer: the recipe
     as it stands. The others are initialisers, trained like transfer."""
     seeds: PositiveInt = 3
+    """Each arm runs with the recipe's seed, the next one, and so on."""
     lr_factors: list[Rate] = Field(default=[1.0, 2.0], min_length=1)
     """inherit fine-tunes at the recipe's rates times each of these; the better one counts."""
 
@@ -113,6 +120,7 @@ class Recipe(Config):
     """All of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's; its directory is `runs/NAME` unless `--output` says another one."""
     source: SourceConfig
     target: TargetConfig
     initialiser: InitialiserConfig = InitialiserConfig()
@@ -123,10 +131,12 @@ class Recipe(Config):
     """Keys that are left out are the source's own, or the defaults where it has none; a run writes all of them out."""
     data: DataConfig
     stages: list[Stage] = Field(min_length=1)
+    """One after another; each begins with the best state of the one before."""
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compare: CompareConfig = CompareConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn at random."""
 
     @field_validator("stages")
     @classmethod

@@ -19,7 +19,9 @@ class PackingConfig(Config):
     max_tokens: Annotated[int, Field(gt=0, le=LONGEST_PACK)]
     """Tokens of a row, visual ones included. A sample that is longer is left out, and counted."""
     max_images: PositiveInt | None = None
+    """Of a row; null: no limit."""
     max_samples: PositiveInt | None = None
+    """Of a row; null: no limit."""
 
 
 class DataSource(Config):
@@ -30,6 +32,7 @@ class DataSource(Config):
     format: Format = "auto"
     """How it is laid out, see `data.formats`; auto: by the file's ending."""
     split: str = "train"
+    """Of a data set that has several."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of this source in the mixture, relative to the others' weights."""
     filter: str | None = None

@@ -40,7 +40,9 @@ class Budget(Config):
     """How long a stage trains, in samples or in text tokens: the same for every world size and accumulation."""
 
     samples: PositiveInt | None = None
+    """Images with their texts, counted each time that they are seen."""
     tokens: PositiveInt | None = None
+    """Text tokens that are learnt."""
 
     @model_validator(mode="after")
     def _one(self) -> "Budget":
@@ -71,6 +73,7 @@ class Stage(Config):
     """One stretch of training: what trains, how fast, for how long."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    """In logs and in overrides: `stages.NAME.lr=1e-3`."""
     trainable: dict[Part, Mode]
     """Part -> frozen, full or lora; a part that is not named is frozen."""
     lr: Annotated[
@@ -92,11 +95,13 @@ class Stage(Config):
     )
     """Loss -> weight. caption: the LLM's loss on the answer. words: prompts are to lie on the caption's words."""
     weight_decay: NonNegativeFloat = 0.05
+    """AdamW's."""
     budget: Budget
+    """How long it trains: `{samples: N}` or `{tokens: N}`."""
     batch_size: PositiveInt = 16
     """Samples per optimizer update, over all devices."""
     micro_batch_size: PositiveInt | None = None
-    """Samples that go through the model at once; None: the whole batch."""
+    """Samples that go through the model at once; null: the whole batch."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null switches clipping off."""
     lora: LoRAConfig = LoRAConfig()
@@ -113,7 +118,7 @@ class Stage(Config):
     image_size: PositiveInt | None = None
     """Side in pixels of what the encoder sees in this stage; null: as `resolution` says, else the VPG's own."""
     validate_every: PositiveInt | None = None
-    """Samples between validations; None: ten times in the stage."""
+    """Samples between validations; null: ten times in the stage."""
     early_stopping: EarlyStopping | None = None
     """`{patience, min_delta}`: end the stage when its validation loss no longer falls; null: spend the budget."""
 
@@ -166,6 +171,7 @@ class TrainerConfig(Config):
     """The machine's side of training."""
 
     devices: PositiveInt | Literal["auto"] = "auto"
+    """Of one machine; auto: all GPUs there are, else the CPU."""
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed-2", "deepspeed-3"] = "auto"
     """How several devices share the work; auto: ddp. See docs/scaling.md."""
     attention: Literal[
@@ -189,11 +195,12 @@ class TrainerConfig(Config):
     compile: bool = False
     """Compile the LLM's blocks (`torch.compile`): slow to begin, then faster, mostly on a GPU."""
     validate_samples: PositiveInt | None = None
-    """Validate on this many samples; None: all."""
+    """Validate on this many samples; null: all."""
     guard: GuardConfig = GuardConfig()
+    """Which updates are skipped, and when too many were."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """What else is told what metrics.jsonl and metrics.csv hold."""
     threads: PositiveInt | None = None
-    """CPU threads; None: torch's own choice."""
+    """CPU threads; null: torch's own choice."""
     checkpoint_every: PositiveInt | None = 100
     """Optimizer updates between checkpoints, beside those at validations; null: at validations alone."""
