@@ -29,6 +29,7 @@ VERBS = {
     "registry": "vpgtrans.cli.registry",
     "watch": "vpgtrans.cli.watch",
     "doctor": "vpgtrans.cli.doctor",
+    "schema": "vpgtrans.cli.schema",
 }
 """Verb -> the module that holds its `command`, in the order of the help page."""
 
