@@ -177,7 +177,7 @@ def test_a_finished_run_shows_its_summary_captions_and_report(runs: FakeRuns, re
     (run / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
     runs.result = run
     out = invoke("transfer", recipe).stdout
-    told = ("1.250", "5.9 min", "3.0 GiB", "46,138 shared tokens", "12 s", "1. …")
+    told = ("1.250", "5 min 54 s", "3.0 GiB", "46,138 shared tokens", "12 s", "1. …")
     for words in (*told, "warmup", "cat [red]face", f"report: {run / 'report.html'}", "vpgtrans caption"):
         assert words in out
     assert json.loads(invoke("transfer", recipe, "--json").stdout) == {**summary, "output": str(run)}

@@ -10,7 +10,6 @@ import click
 from vpgtrans.cli import console
 from vpgtrans.cli.options import check_output, device_option, json_option, output_options, read_recipe, recipe_arguments
 from vpgtrans.processes import first_process
-from vpgtrans.progress import duration
 
 SAMPLES_SHOWN = 6
 
@@ -60,6 +59,8 @@ def show(path: Path, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
         console.print_json({**summary, "output": str(path)})
         return
+    from vpgtrans.progress import duration  # loads rich, which a help page does without
+
     console.print_pairs(_readable(summary), title=f"run {path}")
     stages = [
         {key: stage.get(key) for key in _STAGE} | {"time": duration(stage["seconds"])} for stage in summary["stages"]
@@ -81,6 +82,8 @@ _STAGE = ("name", "updates", "samples", "val_loss")
 
 def _readable(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A summary in a reader's words and units; `--json` has all of it."""
+    from vpgtrans.progress import duration
+
     metrics, converter = summary["metrics"], summary["converter"]
     shown: dict[str, Any] = {
         "first projector": summary["initialiser"],
