@@ -21,6 +21,7 @@ VERBS = {
     "train": "vpgtrans.cli.train",
     "compare": "vpgtrans.cli.compare",
     "probe": "vpgtrans.cli.probe",
+    "init": "vpgtrans.cli.init",
     "validate": "vpgtrans.cli.validate",
     "plan": "vpgtrans.cli.plan",
     "evaluate": "vpgtrans.cli.evaluate",
@@ -30,6 +31,7 @@ VERBS = {
     "watch": "vpgtrans.cli.watch",
     "doctor": "vpgtrans.cli.doctor",
     "schema": "vpgtrans.cli.schema",
+    "completion": "vpgtrans.cli.completion",
 }
 """Verb -> the module that holds its `command`, in the order of the help page."""
 

@@ -1,5 +1,6 @@
 """What a recipe says about data: one entry a source (no torch here)."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -78,3 +79,11 @@ class DataSource(Config):
         if self.streaming and not (self.format == "huggingface" or self.dataset.startswith("hf:")):
             raise ValueError("streaming is for data sets of the hub (hf:…); files are read in place as it is")
         return self
+
+
+def dataset_and_split(name: str) -> tuple[str, str | None]:
+    """`openmoji:test` -> (openmoji, test); a path or `hf:` reference keeps its own colons."""
+    head, colon, tail = name.rpartition(":")
+    if not colon or Path(name).exists() or head == "hf" or "/" in tail:
+        return name, None
+    return head, tail

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vpgtrans.config import ConcatEncoderConfig, EncoderConfig, VPGConfig
+from vpgtrans.data.config import dataset_and_split
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
@@ -86,6 +87,7 @@ def evaluate(
     sets = {}
     for name in data:
         dataset, split = dataset_and_split(name)
+        split = split or ("validation" if dataset == "openmoji" else "train")
         named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
         sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
     parts = {"projector": projector, "adapter": adapter}
@@ -198,11 +200,3 @@ def _check_encoder(config: EncoderConfig) -> None:
     for encoder in config.encoders if isinstance(config, ConcatEncoderConfig) else [config]:
         if encoder.reference is not None:
             resolve(encoder.reference, weights=False)
-
-
-def dataset_and_split(name: str) -> tuple[str, str]:
-    """`openmoji:test` -> (openmoji, test); a path or `hf:` reference keeps its own colons."""
-    head, colon, tail = name.rpartition(":")
-    if not colon or Path(name).exists() or head == "hf" or "/" in tail:
-        return name, "validation" if name == "openmoji" else "train"
-    return head, tail
