@@ -21,7 +21,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.verbs:
             return None
-        return importlib.import_module(self.verbs[cmd_name]).command
+        command: click.Command = importlib.import_module(self.verbs[cmd_name]).command
+        command.name = cmd_name  # each module calls its own `command`
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
