@@ -81,9 +81,9 @@ def command(file: Path, *, overwrite: bool, no_schema: bool, ask: bool | None, *
 
 def _source(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     """`DATASET[:SPLIT]` as a recipe has it."""
-    from vpgtrans.data.config import dataset_and_split
+    from vpgtrans.data.config import named_split
 
-    dataset, split = dataset_and_split(name)
+    dataset, split = named_split(name)
     return {"dataset": dataset, **keys} | ({} if split is None else {"split": split})
 
 

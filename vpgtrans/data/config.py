@@ -81,8 +81,8 @@ class DataSource(Config):
         return self
 
 
-def dataset_and_split(name: str) -> tuple[str, str | None]:
-    """`openmoji:test` -> (openmoji, test); a path or `hf:` reference keeps its own colons."""
+def named_split(name: str) -> tuple[str, str | None]:
+    """`openmoji:test` -> (openmoji, test), `a.csv` -> (a.csv, None); a path or `hf:` reference keeps its colons."""
     head, colon, tail = name.rpartition(":")
     if not colon or Path(name).exists() or head == "hf" or "/" in tail:
         return name, None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vpgtrans.config import ConcatEncoderConfig, EncoderConfig, VPGConfig
-from vpgtrans.data.config import dataset_and_split
+from vpgtrans.data.config import named_split
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
@@ -87,7 +87,6 @@ def evaluate(
     sets = {}
     for name in data:
         dataset, split = dataset_and_split(name)
-        split = split or ("validation" if dataset == "openmoji" else "train")
         named = {"dataset": dataset, "split": split} | ({"limit": samples} if samples is not None else {})
         sets[name] = open_mixture([parse_source(named | dict(keys or {}))])
     parts = {"projector": projector, "adapter": adapter}
@@ -200,3 +199,9 @@ def _check_encoder(config: EncoderConfig) -> None:
     for encoder in config.encoders if isinstance(config, ConcatEncoderConfig) else [config]:
         if encoder.reference is not None:
             resolve(encoder.reference, weights=False)
+
+
+def dataset_and_split(name: str) -> tuple[str, str]:
+    """`openmoji:test` -> (openmoji, test); what is measured on where no split is named."""
+    dataset, split = named_split(name)
+    return dataset, split or ("validation" if dataset == "openmoji" else "train")
