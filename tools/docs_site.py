@@ -156,18 +156,19 @@ def recipe_keys() -> Iterator[str]:
         yield "| key | takes | default | |\n|---|---|---|---|"
         later = []
         for key, value in node.get("properties", {}).items():
-            yield _row(key, value, required=key in node.get("required", ()))
+            named = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+            told = value.get("description", named.get("description", ""))
+            yield _row(key, value, told, required=key in node.get("required", ()))
             later += [name for name in _names(value) if name not in seen]
         seen.update(later)
         waiting += [(_title(name), schema["$defs"][name], 3) for name in dict.fromkeys(later)]
 
 
-def _row(key: str, value: dict[str, Any], *, required: bool) -> str:
+def _row(key: str, value: dict[str, Any], told: str, *, required: bool) -> str:
     default = "**required**" if required else ""
     if "default" in value and not isinstance(value["default"], dict):
         default = f"`{json.dumps(value['default'], ensure_ascii=False)}`"
-    told = _cell(_text(value.get("description", "")))
-    return f"| `{key}` | {_cell(_takes(value))} | {_cell(default)} | {told} |"
+    return f"| `{key}` | {_cell(_takes(value))} | {_cell(default)} | {_cell(_text(told))} |"
 
 
 def _takes(value: dict[str, Any]) -> str:
