@@ -18,6 +18,7 @@ EXTRAS = {
     "pytest": "dev",
     "pytest-xdist": "dev",
     "hypothesis": "dev",
+    "jsonschema": "dev",
     "ruff": "dev",
     "mypy": "dev",
     "bitsandbytes": "quantised",
@@ -27,6 +28,8 @@ EXTRAS = {
     "wandb": "loggers",
     "trackio": "loggers",
     "webdataset": "webdataset",
+    "mkdocs-material": "docs",
+    "mkdocstrings": "docs",
 }
 """Optional distribution -> the extra that brings it."""
 _FOR_GPUS = ("flash", "deepspeed")
