@@ -1,6 +1,7 @@
 """What `vpgtrans plan` says of memory, against what training takes.
 
-    python benchmarks/plan.py [--only NAME …] [--output results/plan.json]
+    python benchmarks/plan.py [--only NAME …] [--output results/plan.json]     # some ten minutes
+    python benchmarks/plan.py --keep      # plan anew, against what was measured before
 
 Every configuration trains two updates in a process of its own: a run's module and trainer, batches of stated lengths.
 Measured is the process's largest resident size during them, over that before any model was opened; predicted is the sum
@@ -274,12 +275,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="configurations whose name holds one of these words")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="measure nothing that the output file has already")
     arguments = parser.parse_args()
+    known: dict[str, dict[str, float]] = {}
+    if arguments.keep:
+        before = json.loads(arguments.output.read_text())["cases"]
+        known = {
+            row["case"]: {"peak": row["measured"], "opened": row["opened"], "base": row["before"]} for row in before
+        }
     rows: list[dict[str, Any]] = []
     for case in cases():
         if arguments.only and not any(word in case.name for word in arguments.only):
             continue
-        plan, truth = predicted(case), child(case)
+        plan, truth = predicted(case), known.get(case.name) or child(case)
         ratio = plan.total / MB / truth["peak"]
         parts = {name: round(size / MB, 1) for name, size in plan.parts.items()}
         rows.append({

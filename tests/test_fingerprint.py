@@ -43,7 +43,7 @@ def adapted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vlm = build_vlm(root)
     stage = {"name": "s", "trainable": {"llm": "lora"}, "budget": {"samples": 4}}
     set_trainable(vlm, make_recipe([stage]).stages[0])
-    return save_vlm(vlm, tmp_path_factory.mktemp("adapted") / "vlm", lineage={}, card="")
+    return save_vlm(vlm, tmp_path_factory.mktemp("adapted") / "vlm", lineage={})
 
 
 def moved(vlm: Path, llm: Path, to: Path) -> Path:

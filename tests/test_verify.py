@@ -36,7 +36,9 @@ def made(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lineage = {"source_vpg": "registry:newt", "target_llm": str(root / "llm")}
     where = tmp_path_factory.mktemp("made") / "checkpoints" / "owl"
     where.parent.mkdir()
-    return save_vlm(vlm, where, lineage=lineage, card=card, encoder_trained=True)
+    save_vlm(vlm, where, lineage=lineage, encoder_trained=True)
+    (where / "README.md").write_text(card)
+    return where
 
 
 @pytest.fixture

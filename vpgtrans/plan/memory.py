@@ -101,8 +101,8 @@ class Machine:
 
     Attributes:
         framework: bytes, whatever trains; with several devices `exchange` more. word: bytes of a tokenizer's word.
-        slack: what the allocator holds beside activations, as a share of them. together: whether an optimizer's
-        update goes through all tensors at once.
+        slack: what the allocator holds beside activations and logits, as a share of them. together: whether an
+        optimizer's update goes through all tensors at once.
     """
 
     framework: int
@@ -112,7 +112,7 @@ class Machine:
     together: bool
 
 
-CPU = Machine(framework=40 * 2**20, exchange=50 * 2**20, word=1000, slack=0.5, together=False)
+CPU = Machine(framework=40 * 2**20, exchange=50 * 2**20, word=1000, slack=0.45, together=False)
 """Measured by `benchmarks/plan.py`: libraries' own buffers; tokenizers, 17 MB of 49,152 words and 278 MB of 262,144;
 and glibc, which raises the size from which freed memory goes back to the system to 32 MB, so that about half as much as
 is alive lies between. With MALLOC_TRIM_THRESHOLD_ set to any value it doesn't, and there is no slack."""
@@ -157,7 +157,7 @@ def memory(
             "activations": passes.activations,
             "logits": passes.logits,
             **fixed,
-            "allocator": int(machine.slack * passes.activations),
+            "allocator": int(machine.slack * (passes.activations + passes.logits)),
         }
 
     gathered = standing.gradients if whole else standing.gradients // share
