@@ -368,7 +368,8 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.Monke
     monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path))
     (tmp_path / "file").write_bytes(b"x" * 2**20)
     version, missing = vpgtrans.doctor._version, ("resvg-py", "webdataset", "pytest-xdist")
-    monkeypatch.setattr(vpgtrans.doctor, "_version", lambda name: None if name in missing else version(name))
+    versions = dict.fromkeys(missing) | {"hypothesis": "1.0"}
+    monkeypatch.setattr(vpgtrans.doctor, "_version", lambda name: versions[name] if name in versions else version(name))
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -380,4 +381,6 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.Monke
     assert packages["resvg-py"]["version"] is None
     for package, extra in zip(missing, ("demo", "webdataset", "dev"), strict=True):
         assert any(package in line and f"vpgtrans[{extra}]" in line for line in found["advice"])
+    assert packages["hypothesis"]["needs"].startswith(">=")
+    assert any(line.startswith("hypothesis 1.0 is none of >=") for line in found["advice"])
     assert "resvg-py" in invoke("doctor").stdout

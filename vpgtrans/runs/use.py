@@ -13,7 +13,6 @@ from vpgtrans.data.config import named_split
 from vpgtrans.data.mixture import open_mixture
 from vpgtrans.data.sources import check_images
 from vpgtrans.errors import DataError, OutputError, RecipeError, TransferError
-from vpgtrans.isolation import missing_here
 from vpgtrans.llm import open_config
 from vpgtrans.recipe import Recipe, parse_source
 from vpgtrans.references import resolve
@@ -178,10 +177,8 @@ def validate(recipe: Recipe) -> dict[str, Any]:
                 raise TransferError(
                     f"initialiser keep: the projector gives width {vision.projector.width_out}, the target has {width}"
                 )
-    if recipe.data.packing is not None and (problem := missing_here(recipe.trainer.attention)):
-        # The recipe may be right: it may be meant for another machine.
-        _LOGGER.warning("trainer.attention: %s %s; here it would not train", recipe.trainer.attention, problem)
     check_sharing(recipe)
+    # The recipe may be right: it may be meant for another machine.
     for problem in lacks(recipe, pick_device("auto")):
         _LOGGER.warning("%s; here it would not train", problem)
     check_quantisable(recipe)

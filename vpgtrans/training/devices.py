@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from vpgtrans.errors import RecipeError
+from vpgtrans.isolation import missing_here
 from vpgtrans.processes import by_srun, first_process, launched, launcher
 from vpgtrans.recipe import Recipe
 from vpgtrans.training.config import TrainerConfig
@@ -76,6 +77,8 @@ def lacks(recipe: Recipe, device: torch.device) -> Iterator[str]:
     A recipe may be right for another machine, so `validate` warns of it.
     """
     strategy, asked, started = recipe.trainer.strategy, recipe.trainer.devices, launched()
+    if problem := missing_here(recipe.trainer.attention):
+        yield f"trainer.attention: {recipe.trainer.attention} {problem}; right here would be auto"
     if strategy in ("deepspeed-2", "deepspeed-3"):
         if device.type != "cuda":
             yield f"trainer.strategy: {strategy} needs a GPU, and there is none; right here would be auto or fsdp"
