@@ -256,5 +256,6 @@ def data_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _lines(table: Table) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=100, color_system=None).print(table)
+    # in a notebook rich would show the table beside the log, and write nothing
+    Console(file=stream, width=100, color_system=None, force_jupyter=False).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines() if line.strip())
