@@ -7,12 +7,14 @@ text size, since one drawing scaled to a phone has unreadable labels.
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -49,6 +51,11 @@ _RC: dict[str, Any] = {
 }
 
 
+def _drawing() -> AbstractContextManager[None]:
+    """Charts look the same whatever style the caller of a verb has set for figures of its own."""
+    return style.context(_RC, after_reset=True)
+
+
 def run_chart(curves: RunCurves, *, prefix: str, title: str, description: str) -> Markup:
     """Losses and learning rate of one run by samples seen, wide and narrow, as HTML."""
     return _both(lambda width: _run_figure(curves, width=width), prefix=prefix, title=title, description=description)
@@ -69,7 +76,7 @@ def histogram_chart(
 
 def run_png(curves: RunCurves) -> bytes:
     """What `run_chart` shows, as a PNG 1,600 pixels wide on a light page."""
-    with mpl.rc_context(_RC):
+    with _drawing():
         return _png(_run_figure(curves, width="wide"))
 
 
@@ -81,7 +88,7 @@ def compare_plot(summary: dict[str, Any], png: Path) -> Path:
         OutputError: the file can't be written.
     """
     arms = compare_arms(summary)
-    with mpl.rc_context(_RC):
+    with _drawing():
         drawn = _png(_compare_figure(arms, width="wide"))
     try:
         png.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +109,7 @@ def _png(figure: Figure) -> bytes:
 def _both(draw: Any, *, prefix: str, title: str, description: str) -> Markup:
     parts = []
     for width in ("wide", "narrow"):
-        with mpl.rc_context(_RC):
+        with _drawing():
             figure = draw(width)
         svg = _svg(figure, prefix=f"{prefix}-{width}", title=title, description=description)
         parts.append(f'<div class="chart {width}">{svg}</div>')
@@ -110,7 +117,7 @@ def _both(draw: Any, *, prefix: str, title: str, description: str) -> Markup:
 
 
 def _svg(figure: Figure, *, prefix: str, title: str, description: str) -> str:
-    with mpl.rc_context(_RC):
+    with _drawing():
         FigureCanvasSVG(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -395,7 +402,7 @@ def _crossings(axes: Axes, arms: Sequence[Arm], styles: dict[str, dict], *, wide
 
 
 def _histogram_figure(bars: Sequence[Mapping[str, float]], *, unit: str) -> Figure:
-    with mpl.rc_context(_RC):
+    with _drawing():
         figure = Figure(figsize=(440 / 72, 210 / 72))
         figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.26)
         axes = figure.subplots()
