@@ -1,50 +1,22 @@
-"""What the CLI shows: logs and progress on stderr, results on stdout. The only place that quietens libraries."""
+"""What the CLI shows: logs and progress on stderr, results on stdout."""
 
 import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import click
 
+from vpgtrans.libraries import quieten
 from vpgtrans.processes import first_process
 
 HANDLER = "vpgtrans-cli"
 """Name of the one log handler that a command sets up."""
 Level = Literal["verbose", "normal", "quiet"]
 LEVELS = {"verbose": logging.DEBUG, "normal": logging.INFO, "quiet": logging.WARNING}
-NOISY = (
-    "transformers",
-    "lightning",
-    "pytorch_lightning",
-    "datasets",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "matplotlib",
-    "PIL",
-    "torch",
-)
-
-
-def _quieten(level: Level) -> None:
-    """Keep the libraries' advice and progress bars off the terminal; their errors still show."""
-    if level == "verbose":
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():  # a download of gigabytes may show its progress on a terminal
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)})(\..*)?$")
-    # Some libraries set the levels of their own loggers when they are imported, hence all that exist by now.
-    known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in NOISY]
-    for name in {*NOISY, *known}:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _log_to_stderr(level: Level) -> None:
@@ -73,7 +45,8 @@ def _log_to_stderr(level: Level) -> None:
 def loading(what: str = "loading libraries") -> Iterator[None]:
     """Set up logs and quieten libraries, then show a status while the heavy imports go on (on a terminal only)."""
     level: Level = click.get_current_context().find_root().obj or "normal"
-    _quieten(level)
+    if level != "verbose":
+        quieten()
     _log_to_stderr(level)
     from rich.console import Console
 
@@ -83,12 +56,8 @@ def loading(what: str = "loading libraries") -> Iterator[None]:
             yield
     else:
         yield
-    _quieten(level)
-    if level != "verbose" and "transformers" in sys.modules:
-        # "Loading weights" bars are switched apart from the verbosity; the switch is the library's own
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+    if level != "verbose":
+        quieten()
 
 
 def print_json(document: Any) -> None:
