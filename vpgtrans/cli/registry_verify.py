@@ -1,7 +1,5 @@
 """`vpgtrans registry verify`: is a checkpoint whole, and does it fit?"""
 
-from pathlib import Path
-
 import click
 
 from vpgtrans.cli import console
@@ -37,16 +35,8 @@ def command(
     With --against: will it fit this LLM, and if not, why? The exit code is 4 where anything is wrong.
     """
     with console.loading():
-        from vpgtrans.references import resolve
-        from vpgtrans.registry.index import find
-        from vpgtrans.registry.pull import pull
-        from vpgtrans.registry.verify import passed, verify
-    entry = None
-    if Path(checkpoint).expanduser().is_dir():
-        directory = resolve(checkpoint).path
-    else:
-        entry, place = find(checkpoint, index=index)
-        directory = pull(entry, index=place)
+        from vpgtrans.registry.verify import locate, passed, verify
+    directory, entry = locate(checkpoint, index=index)
     checks = verify(directory, entry=entry, against=against, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json({"checkpoint": checkpoint, "path": str(directory), "ok": passed(checks),

@@ -21,8 +21,10 @@ from vpgtrans.fingerprint import Fingerprint, differences
 from vpgtrans.llm import open_llm, open_skeleton, read_embeddings
 from vpgtrans.parts import WEIGHTS_FILE, check_fit, read_config
 from vpgtrans.projector import Projector
-from vpgtrans.references import file_sha256
+from vpgtrans.references import file_sha256, resolve
 from vpgtrans.registry.entry import Base, Entry, LLMBase
+from vpgtrans.registry.index import find
+from vpgtrans.registry.pull import pull
 from vpgtrans.registry.safetensors_header import TensorInfo, read_header
 from vpgtrans.vision import connectors, encoders
 from vpgtrans.vlm_directory import MANIFEST, read_manifest
@@ -63,6 +65,18 @@ class Check:
             yield
         except VpgTransError as error:
             self.problems.append(str(error))
+
+
+def locate(checkpoint: str, *, index: str | None = None) -> tuple[Path, Entry | None]:
+    """The directory of a VLM directory, a run, or an entry ID[@VERSION], which is pulled if need be; and the entry.
+
+    Raises:
+        ReferenceError_, RegistryError, StoreError, IntegrityError: there is none, or it can't be had.
+    """
+    if Path(checkpoint).expanduser().is_dir():
+        return resolve(checkpoint).path, None
+    entry, place = find(checkpoint, index=index)
+    return pull(entry, index=place), entry
 
 
 def verify(
