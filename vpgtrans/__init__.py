@@ -16,19 +16,32 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VLM",
+    "CopyTest",
     "Recipe",
     "VpgTransError",
     "__version__",
     "caption",
     "compare",
+    "compose",
     "evaluate",
+    "fit_converter",
+    "import_source",
     "load",
+    "load_index",
     "load_recipe",
+    "open_data",
+    "open_llm",
+    "pair_tokens",
     "probe",
     "publish",
+    "pull",
+    "quieten",
+    "read_embeddings",
+    "read_run",
     "train",
     "transfer",
     "validate",
+    "verify",
     "yank",
 ]
 
@@ -46,13 +59,49 @@ _HOME = {
     "train": ("vpgtrans.api", "train"),
     "validate": ("vpgtrans.api", "validate"),
     "yank": ("vpgtrans.api", "yank"),
+    "CopyTest": ("vpgtrans.transfer.scores", "CopyTest"),
+    "compose": ("vpgtrans.projector", "compose"),
+    "fit_converter": ("vpgtrans.api", "fit_converter"),
+    "import_source": ("vpgtrans.vision.importers", "import_source"),
+    "load_index": ("vpgtrans.registry.index", "load_index"),
+    "open_data": ("vpgtrans.api", "open_data"),
+    "open_llm": ("vpgtrans.llm", "open_llm"),
+    "pair_tokens": ("vpgtrans.transfer.pairing", "pair_tokens"),
+    "pull": ("vpgtrans.api", "pull"),
+    "quieten": ("vpgtrans.api", "quieten"),
+    "read_embeddings": ("vpgtrans.llm", "read_embeddings"),
+    "read_run": ("vpgtrans.api", "read_run"),
+    "verify": ("vpgtrans.api", "verify"),
 }
 """Public name -> module and name there."""
 
 if TYPE_CHECKING:
-    from vpgtrans.api import caption, compare, evaluate, load, probe, publish, train, transfer, validate, yank
+    from vpgtrans.api import (
+        caption,
+        compare,
+        evaluate,
+        fit_converter,
+        load,
+        open_data,
+        probe,
+        publish,
+        pull,
+        quieten,
+        read_run,
+        train,
+        transfer,
+        validate,
+        verify,
+        yank,
+    )
     from vpgtrans.errors import VpgTransError
+    from vpgtrans.llm import open_llm, read_embeddings
+    from vpgtrans.projector import compose
     from vpgtrans.recipe import Recipe, load_recipe
+    from vpgtrans.registry.index import load_index
+    from vpgtrans.transfer.pairing import pair_tokens
+    from vpgtrans.transfer.scores import CopyTest
+    from vpgtrans.vision.importers import import_source
     from vpgtrans.vlm import VLM
 
 

@@ -1,26 +1,35 @@
-"""The verbs for Python: as on the command line, with a recipe's path or a `Recipe`, and overrides as a mapping."""
+"""The verbs for Python: as on the command line, with a recipe's path, or a recipe as a mapping or a `Recipe`.
+
+Overrides, as a mapping, go with a path.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpgtrans.errors import RecipeError
-from vpgtrans.recipe import Recipe, load_recipe
+from vpgtrans.recipe import Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
+    from vpgtrans.data.mixture import Mixture
+    from vpgtrans.llm import WordEmbeddings
     from vpgtrans.registry.entry import Entry, Kind
+    from vpgtrans.registry.verify import Check
+    from vpgtrans.report.read import RunFiles
+    from vpgtrans.transfer.converters import AffineConverter
+    from vpgtrans.transfer.pairing import TokenPairs
     from vpgtrans.vlm import VLM
 
-RecipeLike = str | Path | Recipe
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
 Overrides = Mapping[str, Any] | Sequence[str]
 
 
 def _recipe(recipe: RecipeLike, overrides: Overrides) -> Recipe:
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides)
     if overrides:
         raise RecipeError("overrides go with a recipe's path; this recipe is loaded already")
-    return recipe
+    return recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
 
 
 def transfer(
@@ -191,6 +200,101 @@ def yank(name: str, *, reason: str, index: str | Path | None = None) -> "Entry":
     from vpgtrans.registry import edit
 
     return edit.yank(name, reason=reason, index=_text(index))[0]
+
+
+def pull(name: str, *, index: str | Path | None = None) -> Path:
+    """The directory of an entry `ID[@VERSION]` in the cache: there already, or fetched, every byte checked.
+
+    index: path or URL of the index that names it; those of `VPGTRANS_REGISTRY` and at hand if None.
+
+    Raises:
+        VpgTransError: as on the command line.
+    """
+    from vpgtrans.registry.index import find
+    from vpgtrans.registry.pull import pull
+
+    entry, place = find(name.removeprefix("registry:"), index=None if index is None else str(index))
+    return pull(entry, index=place)
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    against: str | None = None,
+    index: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> "list[Check]":
+    """Whether an entry, a VLM directory or a run is whole and, with `against`, fits that LLM; a `Check` a question.
+
+    A check is `fine`, or has `problems` that say what differs. Nothing is raised for what they find.
+
+    Raises:
+        VpgTransError: the checkpoint can't be had at all.
+    """
+    from vpgtrans.registry.verify import locate, verify
+
+    directory, entry = locate(str(checkpoint), index=None if index is None else str(index))
+    return verify(directory, entry=entry, against=against, trust_remote_code=trust_remote_code)
+
+
+def quieten() -> None:
+    """Keep the advice of torch, transformers, Lightning and others out of a notebook; their errors still show.
+
+    Imports them, since some set their loggers' levels while they are imported. What vpgtrans itself warns of stays.
+    """
+    from vpgtrans.libraries import quieten
+
+    quieten()
+    from vpgtrans import runs  # noqa: F401  # with all that it stands on
+
+    quieten()
+
+
+def open_data(name: str, keys: Mapping[str, Any] | None = None) -> "Mixture":
+    """A data set `DATASET[:SPLIT]` as a sequence: `len`, `.image(i)`, `.caption(i)`; keys: more, as in a recipe.
+
+    Raises:
+        DataError: it can't be read, or a key is wrong.
+    """
+    from vpgtrans.data.mixture import open_mixture
+    from vpgtrans.recipe import parse_source
+    from vpgtrans.runs.use import dataset_and_split
+
+    dataset, split = dataset_and_split(name)
+    return open_mixture([parse_source({"dataset": dataset, "split": split, **(keys or {})})])
+
+
+def read_run(run: str | Path) -> "RunFiles":
+    """What a run directory holds, as plain data: summary, metrics, samples, lineage and more.
+
+    Raises:
+        DataError: there is no such run, or it is not complete.
+    """
+    from vpgtrans.report.read import read_run
+
+    return read_run(Path(run))
+
+
+def fit_converter(
+    source: "WordEmbeddings", target: "WordEmbeddings", *, pairs: "TokenPairs | None" = None, **settings: Any
+) -> "AffineConverter":
+    """A word converter between the tables of two LLMs, as `vt.read_embeddings` gives them.
+
+    Args:
+        pairs: shared tokens to fit on, such as one side of `pairs.split()`; all of `vt.pair_tokens` if None.
+        settings: `fit`, `alpha`, `ridge`, `rms_match`, `max_tokens`, as of an initialiser in a recipe.
+
+    Raises:
+        RecipeError: a setting is wrong. TransferError: the tokenizers share too few tokens.
+    """
+    from vpgtrans.config import InitialiserConfig
+    from vpgtrans.recipe import parse_settings
+    from vpgtrans.transfer.converters import Rows, fit
+    from vpgtrans.transfer.pairing import pair_tokens
+
+    config = parse_settings(InitialiserConfig, {"kind": "converter", **settings}, name="fit_converter")
+    pairs = pair_tokens(source, target) if pairs is None else pairs
+    return fit(config, Rows(source.matrix, pairs.source_ids), Rows(target.matrix, pairs.target_ids))
 
 
 def evaluate(

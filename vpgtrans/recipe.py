@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     Discriminator,
@@ -253,6 +253,21 @@ def parse_recipe(data: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
         return Recipe.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, root=Recipe, data=plain, where={}, file=name))) from None
+
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def parse_settings(model: type[Settings], data: Mapping[str, Any], *, name: str) -> Settings:
+    """One section of a recipe from plain Python values; `name` says in messages where they are from.
+
+    Raises:
+        RecipeError: a key is unknown or has a value that is not allowed.
+    """
+    try:
+        return model.model_validate_json(json.dumps(recipe_file.plain(data)), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, root=model, data=dict(data), where={}, file=name))) from None
 
 
 def parse_source(data: Mapping[str, Any]) -> DataSource:
