@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format docs compare clean
+.PHONY: help install quickstart test notebooks lint format docs compare clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ quickstart: $(STAMP) ## the main job: give Gemma 3 270M the eyes of SmolLM2 135M
 # Two processes of one thread each: tiny models gain little from a second thread.
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+notebooks: $(STAMP) ## execute the tutorials, and tell where a .py and its .ipynb are out of step
+	$(BIN)/python tools/notebooks.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
