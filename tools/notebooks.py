@@ -13,6 +13,7 @@ failed.
 import argparse
 import difflib
 import os
+import re
 import resource
 import sys
 import time
@@ -26,6 +27,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 TIME_LIMIT = 1800
 """Seconds a cell may take: generous, because machines of a CI are slow; the tutorials need a tenth."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Of tracebacks, as a kernel writes them."""
 
 
 def pairs(names: list[str] | None = None) -> list[Path]:
@@ -101,7 +104,7 @@ def main() -> int:
             execute(script)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             failed = True
-            print(f"{script.stem}: {error}")
+            print(f"{script.stem}: {_COLOURS.sub('', str(error))}")
             continue
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(
