@@ -32,6 +32,10 @@ EXTRAS = {
     "wandb": "loggers",
     "trackio": "loggers",
     "webdataset": "webdataset",
+    "ipykernel": "notebooks",
+    "jupytext": "notebooks",
+    "nbclient": "notebooks",
+    "nbformat": "notebooks",
     "mkdocs-material": "docs",
     "mkdocstrings": "docs",
 }
