@@ -247,8 +247,8 @@ axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.2))
 plt.show()
 
 # %% [markdown]
-# The loss fell and fell, yet only the shape is learnt, and that in new combinations as well as in known ones. For the
-# ground 384 samples help; the colour of the shape, on held-out combinations, is a guess. More samples would tell
+# The loss fell and fell, yet only the shape is learnt, in new combinations as well as in known ones. The ground is
+# right about half of the time, and the colour of the shape hardly more often than by guessing. More samples would tell
 # whether it is in the prompts at all.
 
 # %%
