@@ -28,7 +28,7 @@ from vpgtrans.config import PromptConfig
 from vpgtrans.errors import OutputError
 from vpgtrans.projector import Projector
 from vpgtrans.recipe import Recipe, SourceConfig, dump, load_recipe
-from vpgtrans.runs import journey
+from vpgtrans.runs import answers, journey
 from vpgtrans.runs.directory import check_run
 
 
@@ -227,7 +227,7 @@ def test_metrics_count_every_reference_of_an_image(tiny: Tiny, tmp_path: Path, m
     several = tmp_path / "several.parquet"
     pq.write_table(table.set_column(2, "caption", pa.array(both)), several)
     given_: list[Any] = []
-    monkeypatch.setattr(journey, "score", lambda predictions, references: given_.append(references) or {})
+    monkeypatch.setattr(answers, "score", lambda predictions, references: given_.append(references) or {})
     data = tiny.data() | {"validation": [{"dataset": str(several)}]}
     runs.transfer(tiny.transfer_recipe(data=data, stages=[WARMUP]), output=tmp_path / "run", device="cpu")
     assert given_ == [both[:4]]
