@@ -149,7 +149,7 @@ for check in vt.verify("emoji-eyes"):
     print("yes" if check.fine else "NO ", check.question, "·", check.looked_at)
 
 # %% [markdown]
-# One flipped byte in the store, and another clean cache: nothing arrives.
+# One flipped byte in the store, of a part that the cache does not have yet: nothing arrives.
 
 # %%
 weights = HERE / "store/names/adapter/adapter_model.safetensors"
