@@ -402,3 +402,14 @@ def test_a_time_limit_is_seconds(text, monkeypatch):
     monkeypatch.setenv("VPGTRANS_STORE_TIMEOUT", text)
     with pytest.raises(UserError, match="VPGTRANS_STORE_TIMEOUT"):
         limits.patience()
+
+
+def test_a_bucket_is_looked_for_where_the_environment_says_now(monkeypatch):
+    pytest.importorskip("s3fs", reason="needs the extra [s3]")
+    from vpgtrans.registry.stores.remote import RemoteStore
+
+    opened = []
+    for port in (1, 2):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        opened.append(RemoteStore("s3://eyes/owl").filesystem)
+    assert opened[0] is not opened[1]

@@ -96,7 +96,8 @@ class RemoteStore:
 def _filesystem(scheme: str) -> Any:
     import fsspec
 
-    options: dict[str, Any] = {"use_listings_cache": False}
+    # fsspec keeps file systems by their arguments, but endpoint and credentials may come from the environment.
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": scheme != "memory"}
     if scheme == "s3":
         limits = {"connect_timeout": patience(), "read_timeout": patience(), "retries": {"max_attempts": 1}}
         options |= {"config_kwargs": limits}
